@@ -1,0 +1,253 @@
+"""Encoder, up-sampling decoder, and the symmetric decoder that does not up-sample.
+
+The residual layout (two 3x3 convolutions with group normalisation and SiLU, attention in the
+middle) follows the autoencoder of Rombach et al. 2022; the symmetric decoder is Kim and Kim 2024.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-6  # of group normalisation in the first stage
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=EPS)
+
+
+class ResidualBlock(nn.Module):
+    """(B, in_channels, h, w) -> (B, out_channels, h, w)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the block's correction to a (possibly projected) copy of the input."""
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, out_channels, h, w)
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all positions, (B, C, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Let every position read from every other one."""
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).mT for f in (self.q, self.k, self.v))  # (B, h*w, C)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, h*w, C)
+        return x + self.out(h.mT.reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve the size by a strided convolution that pads right and bottom only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h // 2, w // 2)."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the size by nearest neighbour, then convolve."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, 2h, 2w)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _level(in_channels: int, out_channels: int, blocks: int, attention: bool) -> nn.Sequential:
+    """`blocks` residual blocks, each followed by attention where asked."""
+    layers: list[nn.Module] = []
+    for i in range(blocks):
+        layers.append(ResidualBlock(in_channels if i == 0 else out_channels, out_channels))
+        if attention:
+            layers.append(Attention(out_channels))
+    return nn.Sequential(*layers)
+
+
+def _middle(channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        ResidualBlock(channels, channels), Attention(channels), ResidualBlock(channels, channels)
+    )
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, H, W) in [-1, 1] -> latent (B, c, H/f, W/f), f = 2 ** (levels - 1).
+
+    Parameters
+    ----------
+    channels
+        Width of the first level, a multiple of 32.
+    multipliers
+        Width of each level as a multiple of `channels`; between levels the size is halved.
+    blocks
+        Residual blocks a level.
+    latent_channels
+        c. The output has 2 c channels (mean, log variance) when `posterior` is set.
+    posterior
+        Whether the latent is a Gaussian posterior.
+    attention_levels
+        Levels with attention after each block; the middle has it always.
+
+    """
+
+    def __init__(
+        self,
+        channels: int = 128,
+        multipliers: tuple[int, ...] = (1, 2, 4),
+        blocks: int = 2,
+        latent_channels: int = 3,
+        posterior: bool = False,
+        attention_levels: tuple[int, ...] = (),
+    ):
+        super().__init__()
+        widths = [channels * m for m in multipliers]
+        out_channels = latent_channels * (2 if posterior else 1)
+        self.factor = 2 ** (len(widths) - 1)
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.levels = nn.ModuleList(
+            _level(before, width, blocks, i in attention_levels)
+            for i, (before, width) in enumerate(zip([channels, *widths], widths, strict=False))
+        )
+        self.downs = nn.ModuleList(Downsample(width) for width in widths[:-1])
+        self.middle = _middle(widths[-1])
+        self.norm = _norm(widths[-1])
+        self.conv = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.head = nn.Conv2d(out_channels, out_channels, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Encode images whose sides are multiples of `factor`; ValueError otherwise."""
+        if image.shape[-2] % self.factor or image.shape[-1] % self.factor:
+            raise ValueError(
+                f"the encoder takes sides that are multiples of {self.factor}, got "
+                f"{image.shape[-2]} x {image.shape[-1]}; crop or resize the image"
+            )
+        h = self.stem(image)  # (B, channels, H, W)
+        for i, level in enumerate(self.levels):
+            h = level(h)
+            if i < len(self.downs):
+                h = self.downs[i](h)  # (B, width, H / 2**(i+1), W / 2**(i+1))
+        h = self.conv(F.silu(self.norm(self.middle(h))))  # (B, c or 2c, H/f, W/f)
+        return self.head(h)
+
+
+class SymmetricDecoder(nn.Module):
+    """The encoder's mirror without up-sampling: latent (B, c, h, w) -> features (B, C, h, w).
+
+    Every level works at the latent's own resolution; neither the last normalisation nor the output
+    convolution is there, so LIIF gets the narrowest level's `channels` channels.
+    Implements the symmetric decoder of Kim and Kim 2024. Parameters as in `Encoder`.
+    """
+
+    def __init__(
+        self,
+        channels: int = 128,
+        multipliers: tuple[int, ...] = (1, 2, 4),
+        blocks: int = 2,
+        latent_channels: int = 3,
+        attention_levels: tuple[int, ...] = (),
+    ):
+        super().__init__()
+        widths = [channels * m for m in reversed(multipliers)]
+        self.stem = nn.Sequential(
+            nn.Conv2d(latent_channels, latent_channels, 1),
+            nn.Conv2d(latent_channels, widths[0], 3, padding=1),
+        )
+        self.middle = _middle(widths[0])
+        last = len(widths) - 1
+        self.levels = nn.ModuleList(
+            _level(before, width, blocks + 1, last - i in attention_levels)
+            for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Compute the features once; LIIF renders them as often as wished."""
+        h = self.middle(self.stem(z))  # (B, widest, h, w)
+        for level in self.levels:
+            h = level(h)
+        return h  # (B, channels, h, w)
+
+
+class Decoder(SymmetricDecoder):
+    """The ordinary up-sampling decoder: latent (B, c, H/f, W/f) -> image (B, 3, H, W).
+
+    The encoder is pre-trained against it; it knows one output size only. Parameters as in
+    `Encoder`.
+    """
+
+    def __init__(
+        self,
+        channels: int = 128,
+        multipliers: tuple[int, ...] = (1, 2, 4),
+        blocks: int = 2,
+        latent_channels: int = 3,
+        attention_levels: tuple[int, ...] = (),
+    ):
+        super().__init__(channels, multipliers, blocks, latent_channels, attention_levels)
+        self.ups = nn.ModuleList(Upsample(channels * m) for m in reversed(multipliers[1:]))
+        self.norm = _norm(channels * multipliers[0])
+        self.conv = nn.Conv2d(channels * multipliers[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Decode to the one size that the encoder came from."""
+        h = self.middle(self.stem(z))
+        for i, level in enumerate(self.levels):
+            h = level(h)
+            if i < len(self.ups):
+                h = self.ups[i](h)  # (B, width, 2**(i+1) h, 2**(i+1) w)
+        return self.conv(F.silu(self.norm(h)))
+
+
+@dataclass(frozen=True)
+class GaussianPosterior:
+    """A diagonal Gaussian over latents: mean and log variance, each (B, c, h, w)."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> GaussianPosterior:
+        """Split (B, 2c, h, w); the log variance is clamped to [-30, 20] against overflow."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, logvar.clamp(-30, 20))
+
+    @property
+    def mode(self) -> Tensor:
+        """The most likely latent (B, c, h, w), which is the mean."""
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw latents (B, c, h, w); the noise is drawn on the CPU."""
+        noise = torch.randn(self.mean.shape, generator=generator).to(self.mean)
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def kl(self) -> Tensor:
+        """Kullback-Leibler divergence to N(0, 1), mean over latent dimensions, shape (B,)."""
+        terms = self.mean.square() + self.logvar.exp() - 1 - self.logvar
+        return 0.5 * terms.mean(dim=(1, 2, 3))

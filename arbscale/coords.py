@@ -1,0 +1,73 @@
+"""Where pixels are: the one place that states the coordinate convention.
+
+A picture covers the square [-1, 1] x [-1, 1] whatever its size. Coordinates come as (y, x), y down.
+Pixel i of n has its centre at `-1 + (2 i + 1) / n` and a cell (its extent) of `2 / n`.
+Sizes are `(height, width)`; a window is `(top, left, height, width)` in pixels of a picture.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]
+Window = tuple[int, int, int, int]
+
+
+def check_size(size: int | Size) -> Size:
+    """Return `size` as `(height, width)`; an integer means a square.
+
+    Raises ValueError unless both are positive integers.
+    """
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+        raise ValueError(
+            f"a size is a positive integer or (height, width) of such, got {size!r}; "
+            "for example 256 or (75, 100)"
+        )
+    return pair
+
+
+def check_window(window: Window | None, size: Size) -> Window:
+    """Return `window`, or the whole picture for None; ValueError if it leaves the picture."""
+    if window is None:
+        return (0, 0, *size)
+    top, left, height, width = window
+    inside = 0 <= top <= top + height <= size[0] and 0 <= left <= left + width <= size[1]
+    if not inside or height < 1 or width < 1:
+        raise ValueError(
+            f"window (top, left, height, width) = {tuple(window)} does not lie in a picture of "
+            f"{size[0]} x {size[1]}; take one with top + height <= {size[0]} and left + width <= "
+            f"{size[1]}"
+        )
+    return tuple(window)
+
+
+def scaled_size(size: Size, scale: float) -> Size:
+    """Return the output size `round(scale * size)`, at least one pixel a side.
+
+    Raises ValueError unless `scale` is a positive finite number.
+    """
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"a scale is a positive number such as 3.7, got {scale!r}")
+    return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+
+
+def pixel_centres(n: int, device: torch.device | None = None) -> Tensor:
+    """Return the coordinates (n,) of n pixel centres along one axis, in [-1, 1]."""
+    return (torch.arange(n, device=device) * 2 + 1) / n - 1
+
+
+def grid(size: Size, window: Window | None = None, device: torch.device | None = None) -> Tensor:
+    """Return the pixel centres (y, x) of a picture or of a window of it, shape (H, W, 2)."""
+    top, left, height, width = check_window(window, size)
+    y = pixel_centres(size[0], device)[top : top + height]
+    x = pixel_centres(size[1], device)[left : left + width]
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)  # (H, W, 2)
+
+
+def cell(size: Size, device: torch.device | None = None) -> Tensor:
+    """Return the extent (y, x) of one pixel of a picture of `size`, shape (2,)."""
+    return torch.tensor([2 / size[0], 2 / size[1]], device=device)

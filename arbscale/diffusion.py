@@ -1,0 +1,115 @@
+"""The noise schedule and the two training losses of the latent diffusion model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""`denoise(z_t, t) -> eps`: latents (B, c, h, w), steps (B,) int64, predicted noise (B, c, h, w)."""
+
+
+class NoiseSchedule:
+    """How much signal is left at each of the diffusion's steps.
+
+    The betas are the squares of evenly spaced square roots, as in CompVis' latent diffusion.
+    `alpha_bar` is float64 on the CPU and is cast to the latents it meets.
+
+    Parameters
+    ----------
+    beta_start, beta_end
+        First and last beta, each in (0, 1), `beta_start <= beta_end`.
+    steps
+        Number of steps T; a step `t` is an integer in [0, T).
+
+    """
+
+    def __init__(self, beta_start: float = 0.0015, beta_end: float = 0.0155, steps: int = 1000):
+        if not 0 < beta_start <= beta_end < 1 or steps < 1:
+            raise ValueError(
+                f"expected 0 < beta_start <= beta_end < 1 and steps >= 1, "
+                f"got {beta_start}, {beta_end}, {steps}; the paper's are 0.0015, 0.0195, 1000"
+            )
+        self.steps = steps
+        roots = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64)
+        self.betas = roots**2  # (T,)
+        self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)  # (T,)
+
+    def at(self, t: Tensor, like: Tensor) -> Tensor:
+        """Return `alpha_bar[t]` as (B, 1, 1, 1), in the dtype and on the device of `like`."""
+        return self.alpha_bar[t.cpu()].to(like).view(-1, 1, 1, 1)
+
+    def add_noise(self, z0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Jump from clean latents (B, c, h, w) to their noisy version at steps `t` (B,)."""
+        alpha_bar = self.at(t, z0)
+        return alpha_bar.sqrt() * z0 + (1 - alpha_bar).sqrt() * noise
+
+    def predict_z0(self, z_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Invert `add_noise` for a given noise: the one-step estimate of the clean latent."""
+        alpha_bar = self.at(t, z_t)
+        return (z_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Return the alignment weight `w(t) = alpha_bar / (1 - alpha_bar)`, shape (B,), float64."""
+        alpha_bar = self.alpha_bar[t.cpu()]
+        return alpha_bar / (1 - alpha_bar)
+
+
+def denoising_loss(
+    denoise: Denoiser, z0: Tensor, t: Tensor, noise: Tensor, schedule: NoiseSchedule
+) -> Tensor:
+    """Mean squared error of the predicted noise, one value per image, shape (B,).
+
+    Takes scaled latents (B, c, h, w), steps (B,) and noise like the latents.
+    Implements the simple loss of Ho et al. 2020, eq. 14, on latents.
+    """
+    eps = denoise(schedule.add_noise(z0, t, noise), t)  # (B, c, h, w)
+    return (eps - noise).square().mean(dim=(1, 2, 3))  # (B,)
+
+
+def alignment_loss(
+    denoise: Denoiser,
+    decode: Callable[[Tensor], Tensor],
+    z0: Tensor,
+    image: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    max_weight: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the latent and the image term of the alignment loss, each of shape (B,).
+
+    The one-step estimate of the clean latent is compared with the clean latent, and its decoding
+    with the image; both errors are weighted by `w(t)`. Gradients reach the denoiser through the
+    frozen decoder. By algebra the latent term equals the plain noise error, so it is computed as
+    such, which is exact where `w(t)` is large.
+
+    Parameters
+    ----------
+    denoise
+        Predicts the noise in a scaled latent.
+    decode
+        Maps *scaled* latents (B, c, h, w) to images of `image`'s size; it divides by the scale.
+    z0, image
+        Scaled latents (B, c, h, w) and images (B, 3, H, W) in [-1, 1].
+    t, noise
+        Steps (B,) and noise like the latents.
+    schedule
+        Gives alpha_bar.
+    max_weight
+        Clamp for the image term's `w(t)`; None as in the paper.
+
+    Source: Kim and Kim 2024, second stage of the diffusion model's training.
+
+    """
+    z_t = schedule.add_noise(z0, t, noise)
+    eps = denoise(z_t, t)
+    z0_hat = schedule.predict_z0(z_t, t, eps)  # (B, c, h, w)
+    weight = schedule.weight(t).to(z0)  # (B,)
+    if max_weight is not None:
+        weight = weight.clamp(max=max_weight)
+    latent_term = (eps - noise).square().mean(dim=(1, 2, 3))
+    image_term = weight * (image - decode(z0_hat)).square().mean(dim=(1, 2, 3))
+    return latent_term, image_term

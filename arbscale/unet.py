@@ -1,0 +1,188 @@
+"""The denoiser: a U-Net with time embedding and self-attention.
+
+The layout is that of Dhariwal and Nichol 2021 in the form that latent diffusion (Rombach et al.
+2022) uses: time is added inside each residual block, attention has heads of fixed width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoids of steps (B,) -> (B, dim): cosines, then sines, of periods from 2 pi to 1e4 2 pi."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
+    angles = t[:, None].float() * frequencies  # (B, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class ResidualBlock(nn.Module):
+    """(B, in_channels, h, w) and time (B, time_dim) -> (B, out_channels, h, w)."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(time_dim, out_channels)
+        self.norm2 = nn.GroupNorm(32, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Add the time between the two convolutions; starts as the identity (or `skip`)."""
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, out_channels, h, w)
+        h = h + self.time(F.silu(time))[:, :, None, None]
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all positions, (B, C, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, channels: int, head_channels: int):
+        super().__init__()
+        self.heads = channels // head_channels
+        self.norm = nn.GroupNorm(32, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Let every position read from every other one; `time` is not used."""
+        h = self.norm(x).flatten(2).mT  # (B, h*w, C)
+        q, k, v = self.qkv(h).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, h*w, head_channels)
+        h = self.out(h.transpose(1, 2).flatten(2))  # (B, h*w, C)
+        return x + h.mT.reshape(x.shape)
+
+
+class Stack(nn.ModuleList):
+    """A residual block, with attention behind it where the level has it."""
+
+    def forward(self, h: Tensor, time: Tensor) -> Tensor:
+        """Run the layers in order."""
+        for layer in self:
+            h = layer(h, time)
+        return h
+
+
+class UNet(nn.Module):
+    """Predict the noise in a latent: (B, c, h, w), any h and w -> (B, c, h, w).
+
+    Parameters
+    ----------
+    latent_channels
+        c.
+    condition_channels
+        Channels of a condition that is concatenated to the noisy latent; 0 for none.
+    channels
+        Width of the first level. Take at least 64: with one channel a group, group normalisation
+        removes what time has added, and the block is blind to t.
+    multipliers
+        Width of each level as a multiple of `channels`; between levels the size is halved.
+    blocks
+        Residual blocks a level on the way down; one more on the way up.
+    attention_levels
+        Levels with attention after each block; the middle has it always.
+    head_channels
+        Width of an attention head.
+
+    """
+
+    def __init__(
+        self,
+        latent_channels: int,
+        condition_channels: int = 0,
+        channels: int = 64,
+        multipliers: tuple[int, ...] = (1, 2),
+        blocks: int = 2,
+        attention_levels: tuple[int, ...] = (1,),
+        head_channels: int = 32,
+    ):
+        super().__init__()
+        self.channels, self.condition_channels = channels, condition_channels
+        time_dim = 4 * channels
+        widths = [channels * m for m in multipliers]
+
+        def stack(inside: int, out: int, level: int) -> Stack:
+            attention = [Attention(out, head_channels)] if level in attention_levels else []
+            return Stack([ResidualBlock(inside, out, time_dim), *attention])
+
+        self.time = nn.Sequential(
+            nn.Linear(channels, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+        )
+        self.stem = nn.Conv2d(latent_channels + condition_channels, channels, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.shrink, self.grow = nn.ModuleList(), nn.ModuleList()
+        skips, width = [channels], channels
+        for level, out in enumerate(widths):
+            self.down.append(nn.ModuleList())
+            for _ in range(blocks):
+                self.down[level].append(stack(width, out, level))
+                width = out
+                skips.append(width)
+            if level < len(widths) - 1:
+                self.shrink.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                skips.append(width)
+        self.middle = Stack(
+            [
+                ResidualBlock(width, width, time_dim),
+                Attention(width, head_channels),
+                ResidualBlock(width, width, time_dim),
+            ]
+        )
+        for level, out in reversed(list(enumerate(widths))):
+            self.up.append(nn.ModuleList())
+            for _ in range(blocks + 1):
+                self.up[-1].append(stack(width + skips.pop(), out, level))
+                width = out
+            if level:
+                self.grow.append(nn.Conv2d(width, width, 3, padding=1))
+        self.norm = nn.GroupNorm(32, width)
+        self.conv = nn.Conv2d(width, latent_channels, 3, padding=1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, z_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Predict the noise.
+
+        Parameters
+        ----------
+        z_t
+            Noisy scaled latents (B, c, h, w).
+        t
+            Steps (B,), integers.
+        condition
+            Scaled latents (B, condition_channels, h, w), if the network was built for one.
+
+        """
+        if (condition is None) != (self.condition_channels == 0):
+            need = f"{self.condition_channels} channels of" if self.condition_channels else "no"
+            raise ValueError(f"this denoiser takes {need} condition; see its preset")
+        h = z_t if condition is None else torch.cat([z_t, condition], dim=1)
+        time = self.time(timestep_embedding(t, self.channels).to(h))  # (B, time_dim)
+        h = self.stem(h)  # (B, channels, h, w)
+        skips = [h]
+        for level, blocks in enumerate(self.down):
+            for block in blocks:
+                h = block(h, time)
+                skips.append(h)
+            if level < len(self.shrink):
+                h = self.shrink[level](h)  # (B, width, ceil(h/2), ceil(w/2))
+                skips.append(h)
+        h = self.middle(h, time)
+        for i, blocks in enumerate(self.up):
+            for block in blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), time)
+            if i < len(self.grow):  # to the next skip's size: odd sizes come back exactly
+                h = F.interpolate(h, size=skips[-1].shape[-2:], mode="nearest")
+                h = self.grow[i](h)
+        return self.conv(F.silu(self.norm(h)))  # (B, c, h, w)
