@@ -1,0 +1,303 @@
+"""Samplers: from noise to a latent, by calling the denoiser once per step.
+
+Each sampler is one plain function. They know no image and no network: `denoise(z_t, t) -> eps` is
+all they ask, and conditions, guidance and batching are its affair. All of them share one form,
+
+    sampler(denoise, z, schedule, timesteps, *, final_alpha_bar, generator, callback) -> z_0
+
+where `z` is the starting noise (B, c, h, w), so that any of them can be taken from `SAMPLERS` by
+name. They compute in `z`'s dtype on its device; coefficients come from float64. Noise is drawn on
+the CPU in float32 and moved, so that a seed gives the same latent on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from operator import index
+
+import torch
+from torch import Tensor
+
+from arbscale.diffusion import Denoiser, NoiseSchedule
+
+Callback = Callable[[int, Tensor, Tensor], None]
+"""`callback(i, z_t, z_0)` after step i = 0, 1, ...: latents it led to, and its estimate of z_0."""
+
+Timesteps = int | Sequence[int]
+"""A number of steps, or the steps themselves, strictly decreasing."""
+
+
+def spaced_timesteps(total: int, n: int, power: float = 1.0) -> list[int]:
+    """Return `n` of the steps 0 to `total - 1`, decreasing, the first and the last always there.
+
+    The largest step is where pure noise belongs; a network told otherwise leaves a grey veil (Lin
+    et al. 2024). `power = 1` spaces evenly. `power = 2` is the quadratic grid of Song et al. 2021,
+    appendix D.2: denser at low noise, where a solver with few steps makes most of its error.
+    """
+    if not 1 <= n <= total:
+        raise ValueError(
+            f"the number of steps lies between 1 and the schedule's {total}, got {n}; "
+            "20 (dpm_solver_pp) to 200 (ddim) are usual"
+        )
+    if not 1 <= power < math.inf:
+        raise ValueError(f"power is at least 1, got {power}; 1 is even, 2 is quadratic")
+    steps = [0] if n > 1 else [total - 1]
+    for k in range(1, n):
+        steps.append(max(steps[-1] + 1, round((total - 1) * (k / (n - 1)) ** power)))
+    return steps[::-1]
+
+
+@torch.no_grad()
+def ddpm(
+    denoise: Denoiser,
+    z: Tensor,
+    schedule: NoiseSchedule,
+    timesteps: Timesteps | None = None,
+    *,
+    final_alpha_bar: float = 1.0,
+    generator: torch.Generator | None = None,
+    noise: Callable[[int], Tensor] | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Ancestral sampling: draw each step from the posterior q(z_s | z_t, z_0) at the estimated z_0.
+
+    Implements Algorithm 2 of Ho et al. 2020 with the posterior's variance (eq. 7, the smaller of
+    the two they try), without clipping. On a subset of the steps it is ancestral over that subset.
+
+    Parameters
+    ----------
+    denoise
+        Predicts the noise in latents (B, c, h, w) at steps (B,).
+    z
+        Standard normal noise (B, c, h, w), the latents at the first of `timesteps`.
+    schedule
+        Gives alpha_bar.
+    timesteps
+        A number of evenly spaced steps, the steps themselves, or None for all.
+    final_alpha_bar
+        What the last step leads to; 1 is no noise at all.
+    generator
+        A generator on the CPU; None takes torch's global one.
+    noise
+        `noise(t)` (B, c, h, w) is added in the step that leaves t, instead of drawn noise.
+    callback
+        Called after each step.
+
+    Returns
+    -------
+    The latents (B, c, h, w).
+
+    """
+    steps, alpha_bars = _grid(
+        schedule, schedule.steps if timesteps is None else timesteps, final_alpha_bar
+    )
+    draw = noise or _drawing(z, generator)
+    for i, t in enumerate(steps):
+        now, to = alpha_bars[i], alpha_bars[i + 1]
+        beta = 1 - now / to  # of the whole stride
+        z_0 = _estimate(z, _eps(denoise, z, t), now)  # (B, c, h, w)
+        from_z_0 = to**0.5 * beta / (1 - now)
+        from_z_t = (1 - beta) ** 0.5 * (1 - to) / (1 - now)
+        z = from_z_0 * z_0 + from_z_t * z
+        variance = (1 - to) / (1 - now) * beta
+        if variance > 0:
+            z = z + variance**0.5 * draw(t).to(z)
+        if callback is not None:
+            callback(i, z, z_0)
+    return z
+
+
+@torch.no_grad()
+def ddim(
+    denoise: Denoiser,
+    z: Tensor,
+    schedule: NoiseSchedule,
+    timesteps: Timesteps = 200,
+    *,
+    eta: float = 0.0,
+    final_alpha_bar: float = 1.0,
+    generator: torch.Generator | None = None,
+    noise: Callable[[int], Tensor] | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Implicit sampling: estimate z_0, then put back less of the same noise.
+
+    Implements eq. 12 and 16 of Song, Meng and Ermon 2021 (DDIM), without clipping. With `eta = 0`
+    it is deterministic, a first-order solver of the diffusion's ODE; with `eta = 1` it is `ddpm`.
+
+    Parameters
+    ----------
+    denoise
+        Predicts the noise in latents (B, c, h, w) at steps (B,).
+    z
+        Standard normal noise (B, c, h, w), the latents at the first of `timesteps`.
+    schedule
+        Gives alpha_bar.
+    timesteps
+        A number of evenly spaced steps, or the steps themselves.
+    eta
+        Share of fresh noise, in [0, 1].
+    final_alpha_bar
+        What the last step leads to; 1 is no noise at all, CompVis' code has `alpha_bar[0]`.
+    generator
+        A generator on the CPU; None takes torch's global one. Unused where `eta = 0`.
+    noise
+        `noise(t)` (B, c, h, w) is added in the step that leaves t, instead of drawn noise.
+    callback
+        Called after each step.
+
+    Returns
+    -------
+    The latents (B, c, h, w).
+
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta lies in [0, 1], got {eta}; 0 is deterministic, 1 is ancestral")
+    steps, alpha_bars = _grid(schedule, timesteps, final_alpha_bar)
+    draw = noise or _drawing(z, generator)
+    for i, t in enumerate(steps):
+        now, to = alpha_bars[i], alpha_bars[i + 1]
+        eps = _eps(denoise, z, t)  # (B, c, h, w)
+        z_0 = _estimate(z, eps, now)  # (B, c, h, w)
+        sigma = eta * ((1 - to) / (1 - now) * (1 - now / to)) ** 0.5
+        z = to**0.5 * z_0 + (1 - to - sigma**2) ** 0.5 * eps
+        if sigma > 0:
+            z = z + sigma * draw(t).to(z)
+        if callback is not None:
+            callback(i, z, z_0)
+    return z
+
+
+@torch.no_grad()
+def dpm_solver_pp(
+    denoise: Denoiser,
+    z: Tensor,
+    schedule: NoiseSchedule,
+    timesteps: Timesteps = 20,
+    *,
+    final_alpha_bar: float = 1.0,
+    generator: torch.Generator | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Second-order multistep solver of the diffusion's ODE: good latents in about 20 steps.
+
+    Implements Algorithm 2 of Lu et al. 2022b, DPM-Solver++(2M): `ddim` in the variable
+    lambda = log(alpha / sigma), with z_0 extrapolated to the middle of the step from this step's
+    and the last step's estimate. First order where that is impossible or unstable: the first step,
+    a last step to no noise (lambda is infinite there), and the last of fewer than 15 steps.
+
+    Parameters
+    ----------
+    denoise
+        Predicts the noise in latents (B, c, h, w) at steps (B,).
+    z
+        Standard normal noise (B, c, h, w), the latents at the first of `timesteps`.
+    schedule
+        Gives alpha_bar.
+    timesteps
+        A number of evenly spaced steps, or the steps themselves.
+    final_alpha_bar
+        What the last step leads to; 1 is no noise at all.
+    generator
+        Unused, the solver is deterministic; here for the samplers' common form.
+    callback
+        Called after each step.
+
+    Returns
+    -------
+    The latents (B, c, h, w).
+
+    """
+    steps, alpha_bars = _grid(schedule, timesteps, final_alpha_bar)
+    lambdas = [_half_log_snr(alpha_bar) for alpha_bar in alpha_bars]
+    z_0_before = None
+    for i, t in enumerate(steps):
+        now, to = alpha_bars[i], alpha_bars[i + 1]
+        step = lambdas[i + 1] - lambdas[i]
+        z_0 = _estimate(z, _eps(denoise, z, t), now)  # (B, c, h, w)
+        first_order = i == 0 or to == 1 or (i == len(steps) - 1 and len(steps) < 15)
+        if first_order:
+            middle = z_0
+        else:
+            step_before = lambdas[i] - lambdas[i - 1]
+            middle = z_0 + step / (2 * step_before) * (z_0 - z_0_before)  # (B, c, h, w)
+        z = ((1 - to) / (1 - now)) ** 0.5 * z - to**0.5 * math.expm1(-step) * middle
+        z_0_before = z_0
+        if callback is not None:
+            callback(i, z, z_0)
+    return z
+
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm_solver_pp": dpm_solver_pp,
+}
+"""The samplers by name, all callable as `(denoise, z, schedule, timesteps, *, generator, ...)`."""
+
+
+def get_sampler(name: str) -> Callable[..., Tensor]:
+    """Return the sampler of that name; ValueError lists the names there are."""
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}; take one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
+
+
+def _eps(denoise: Denoiser, z: Tensor, t: int) -> Tensor:
+    """Ask the denoiser with the same step `t` for the whole batch."""
+    return denoise(z, torch.full((len(z),), t, dtype=torch.int64, device=z.device))
+
+
+def _estimate(z: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
+    """Return the one-step estimate of the clean latents."""
+    return (z - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
+
+
+def _half_log_snr(alpha_bar: float) -> float:
+    """Return lambda = log(alpha / sigma), infinite where there is no noise."""
+    return math.inf if alpha_bar == 1 else 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+
+
+def _drawing(z: Tensor, generator: torch.Generator | None) -> Callable[[int], Tensor]:
+    """Return a `noise(t)` that draws float32 noise like `z` on the CPU."""
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(
+            f"noise is drawn on the CPU, got a generator on {generator.device}; "
+            "make it with torch.Generator().manual_seed(seed)"
+        )
+    return lambda t: torch.randn(z.shape, generator=generator, dtype=torch.float32)
+
+
+def _grid(
+    schedule: NoiseSchedule, timesteps: Timesteps, final_alpha_bar: float
+) -> tuple[list[int], list[float]]:
+    """Return the checked steps and alpha_bar at each of them, then after the last."""
+    steps = _check_timesteps(timesteps, schedule.steps)
+    alpha_bars = schedule.alpha_bar[steps].tolist()
+    final = float(final_alpha_bar)
+    if not alpha_bars[-1] <= final <= 1:
+        raise ValueError(
+            f"final_alpha_bar lies between alpha_bar at the last step, {alpha_bars[-1]:.6f} at "
+            f"t = {steps[-1]}, and 1, got {final}; 1 leaves no noise"
+        )
+    return steps, [*alpha_bars, final]
+
+
+def _check_timesteps(timesteps: Timesteps, total: int) -> list[int]:
+    """Return the steps as a list of integers; ValueError unless they decrease within the range."""
+    try:
+        return spaced_timesteps(total, index(timesteps))
+    except TypeError:  # not an integer, so a sequence
+        pass
+    try:
+        steps = [index(t) for t in timesteps]
+    except TypeError:
+        steps = []
+    inside = all(0 <= t < total for t in steps)
+    if not steps or not inside or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+        raise ValueError(
+            f"timesteps is a number of steps or strictly decreasing integers in [0, {total}), "
+            f"got {timesteps!r}; for example 50 or spaced_timesteps({total}, 50)"
+        )
+    return steps
