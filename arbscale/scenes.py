@@ -1,11 +1,12 @@
 """Continuous scenes: little landscapes that are functions of real coordinates.
 
-A scene can be asked for its colour at any point and pixel extent, so a picture of any size is ground
-truth that was never resampled. Edges are antialiased by their signed distance over the pixel's
-footprint, stripes by the Fourier transform of the pixel (a sinc), thin things by exact box overlap.
+A scene can be asked for its colour at any point and pixel extent, so a picture of any size is
+ground truth that was never resampled. Edges are antialiased by their signed distance over the
+pixel's footprint, stripes by the Fourier transform of the pixel (a sinc), thin things by exact box
+overlap.
 
-Geometry lives in the square [-1, 1]^2 of `coords.py`, (y, x) with y down. A picture that is not square
-still covers that square, so it shows the same scene stretched.
+Geometry lives in the square [-1, 1]^2 of `coords.py`, (y, x) with y down. A picture that is not
+square still covers that square, so it shows the same scene stretched.
 """
 
 from __future__ import annotations
@@ -135,13 +136,11 @@ def sample_scenes(n: int, seed: int = 0, first: int = 0) -> Scenes:
     lake = torch.where(has_lake > 0, between(0.26, 0.36), _NOWHERE)
     rows = torch.stack([between(6, 11), base[:, 2] - between(0.3, 0.5), between(-0.8, 0.8)], -1)
 
-    width = 2 / _SLOTS
-    left = torch.arange(_SLOTS) * width - 1
     house_slot = between(0, _SLOTS).long().clamp(max=_SLOTS - 1)
     has_house = chance(0.5)
     things = torch.stack([
-        torch.stack([between(-0.03, 0.03) + float(x) + width / 2, between(0.3, 0.5), chance(0.5)], -1)
-        for x in left
+        torch.stack([x + between(-0.03, 0.03), between(0.3, 0.5), chance(0.5)], -1)
+        for x in [2 * (i + 0.5) / _SLOTS - 1 for i in range(_SLOTS)]
     ], 1)  # fmt: skip
     things[torch.arange(n), house_slot, 2] *= 1 - has_house  # the house takes the place of a tree
     house = torch.stack(
@@ -190,7 +189,7 @@ def _outline(scenes: Scenes, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ridge(scenes: Scenes, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the height of the mountains at x (n, N), their slope, and the phase of the main wave."""
+    """Return the mountains' height at x (n, N), their slope, and the main wave's phase."""
     (a, f, p), (b, g, q) = (wave.unsqueeze(-1).unbind(1) for wave in scenes.waves[:, 0].unbind(1))
     main, fine = f * x + p, g * x + q
     height = scenes.base[:, 0, None] - a * _triangle(main) - b * _triangle(fine)
@@ -215,10 +214,12 @@ def _sky(scenes: Scenes, y: Tensor, x: Tensor, cell: tuple[Tensor, Tensor]) -> T
         stars = _STARS.to(y)
         row, column = (((v + 1) * 5).floor_().clamp_(0, 9) for v in (y, x))
         dy, dx, size = stars[(row * 10 + column).long()].unbind(-1)
-        distance, footprint = _disc(y - (row + dy) / 5 + 1, x - (column + dx) / 5 + 1, cell)
+        star_y, star_x = (row + dy) / 5 - 1, (column + dx) / 5 - 1
+        distance, footprint = _disc(y - star_y, x - star_x, cell)
         seen = torch.maximum(size, footprint / 2)  # smaller than a pixel: a dimmer disc of a pixel
         glow = _edge(distance - seen, footprint) * (size / seen) ** 2
-        glow = glow * (distance_to_sun > 1.7 * radius) * night
+        clear = torch.hypot(star_y - sun_y, star_x - sun_x) > 1.5 * radius  # of the moon
+        glow = glow * clear * night
         picture = _paint(picture, torch.ones_like(top), glow)
     for ring in (2.6, 1.7):
         alpha = _edge(distance_to_sun - ring * radius, sun_footprint) * scenes.halo[:, None]
@@ -344,8 +345,8 @@ def _field(
 def scene_colors(scenes: Scenes, coords: Tensor, cells: Tensor) -> Tensor:
     """Return the colours (B, N, 3) in [-1, 1] of B scenes at scattered points.
 
-    `coords` is (B, N, 2), points (y, x) in [-1, 1]; `cells` is (B, 2), the extent (y, x) of the pixel
-    that each scene's points stand for. Raises ValueError unless the three agree in B.
+    `coords` is (B, N, 2), points (y, x) in [-1, 1]; `cells` is (B, 2), the extent (y, x) of the
+    pixel that each scene's points stand for. Raises ValueError unless the three agree in B.
     """
     n = len(scenes)
     if coords.ndim != 3 or coords.shape[::2] != (n, 2) or cells.shape != (n, 2):
