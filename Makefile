@@ -50,7 +50,7 @@ clean:  ## remove the environment, caches and builds (never outputs/ or runs/)
 	test -f $@ || $(PYTHON) -m venv --clear .venv
 	rm -f $@
 	$(PY) -m pip install --quiet uv
-	$(PY) -m uv pip sync --quiet --python $(PY) requirements.lock
+	$(PY) -m uv pip sync --python $(PY) requirements.lock
 	$(PY) -m uv pip install --quiet --python $(PY) --no-deps --no-build-isolation -e .
 	touch $@
 
