@@ -1,0 +1,28 @@
+"""Arbitrary-scale image generation and up-sampling: latent diffusion and an implicit decoder.
+
+Implements Kim and Kim 2024 (CVPR, arXiv 2403.10255).
+"""
+
+from arbscale import metrics, presets
+from arbscale.first_stage import FirstStage
+from arbscale.liif import LIIF
+from arbscale.model import ArbitraryScaleModel, pick_device
+from arbscale.unet import UNet
+
+__version__ = "0.1.0"
+REPOSITORY = "arbscale/arbscale"  # owner/name on GitHub; badges and the Colab cell take it
+BRANCH = "main"
+load = ArbitraryScaleModel.load
+
+__all__ = [
+    "LIIF",
+    "BRANCH",
+    "ArbitraryScaleModel",
+    "FirstStage",
+    "REPOSITORY",
+    "UNet",
+    "load",
+    "metrics",
+    "pick_device",
+    "presets",
+]

@@ -1,8 +1,8 @@
 """Data sets: sequences of pictures.
 
-A picture is a float32 tensor (3, H, W) in [-1, 1].
-`ContinuousScenes` and `sample_photos` need no download; `ImageFolder` opens any folder. What is done
-to a single picture is in `images.py` and can be imported from here too.
+A picture is a float32 tensor (3, H, W) in [-1, 1]. `ContinuousScenes` and `sample_photos` need no
+download; `ImageFolder` opens any folder. What is done to a single picture is in `images.py` and can
+be imported from here too.
 """
 
 from __future__ import annotations

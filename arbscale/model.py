@@ -1,0 +1,289 @@
+"""The whole model: generate pictures and up-sample photographs at any size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arbscale import presets, weights
+from arbscale.coords import Size, Window, check_size, scaled_size
+from arbscale.diffusion import Denoiser
+from arbscale.presets import Preset
+from arbscale.samplers import get_sampler, spaced_timesteps
+from arbscale.tiles import noise_field, paste, tiles
+
+Progress = Callable[[int, int], None]
+"""`progress(done, total)` after each denoising step of the whole job."""
+
+
+def pick_device() -> torch.device:
+    """Return the fastest device there is: CUDA, Apple's MPS, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+class ArbitraryScaleModel(nn.Module):
+    """First stage, denoiser and schedule, built from a preset; untrained until loaded or trained.
+
+    Attributes
+    ----------
+    preset
+        Every number of the model.
+    first_stage, denoiser, schedule
+        The parts.
+    scale_factor
+        1 / std(z) on training data; the diffusion works on `z * scale_factor`.
+    manifest
+        What is known of the weights: data, training command, licence.
+
+    """
+
+    def __init__(self, preset: Preset, scale_factor: float = 1.0, manifest: dict | None = None):
+        super().__init__()
+        self.preset = preset
+        self.first_stage = presets.build_first_stage(preset)
+        self.denoiser = presets.build_denoiser(preset)
+        self.schedule = presets.build_schedule(preset)
+        self.scale_factor = scale_factor
+        self.manifest = manifest or {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @torch.no_grad()
+    def generate(
+        self,
+        n: int,
+        size: int | Size,
+        seed: int = 0,
+        steps: int = 20,
+        sampler: str = "dpm_solver_pp",
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Draw pictures from noise and render them at any size.
+
+        The same seed gives the same pictures at every size of one aspect ratio, and picture i does
+        not depend on `n`. For another ratio the latent grid takes that ratio at about the area
+        that the model was trained at.
+
+        Parameters
+        ----------
+        n
+            Number of pictures.
+        size
+            (height, width) or the side of a square.
+        seed
+            Decides everything.
+        steps, sampler
+            Denoising steps; one of `samplers.SAMPLERS`.
+        progress
+            Called after each step.
+
+        Returns
+        -------
+        Tensor
+            (n, 3, height, width) in [-1, 1].
+
+        """
+        size = check_size(size)
+        z = self.sample(n, seed, steps, sampler, self.latent_grid(size), progress)
+        return self.decode(z, size)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        steps: int = 20,
+        sampler: str = "dpm_solver_pp",
+        grid: Size | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Draw n unscaled latents (n, c, h, w); `grid` is (h, w), by default as in training.
+
+        Raises RuntimeError for a super-resolution model, ValueError for n < 1.
+        """
+        if self.preset.low_size:
+            raise RuntimeError(
+                f"{self.preset.name} is a super-resolution model; call upscale, or load a generator"
+            )
+        if n < 1:
+            raise ValueError(f"n is the number of pictures, at least 1, got {n}")
+        grid = grid or (self.preset.latent_size,) * 2
+        generator = torch.Generator().manual_seed(seed)
+        shape = (self.preset.latent_channels, *grid)
+        noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
+        return self._denoise(noise, None, steps, sampler, generator, progress)
+
+    @torch.no_grad()
+    def upscale(
+        self,
+        image: Any,
+        scale: float | None = None,
+        size: int | Size | None = None,
+        seed: int = 0,
+        steps: int = 20,
+        sampler: str = "dpm_solver_pp",
+        tile: int | None = None,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Enlarge a picture to any size, tile by overlapping tile, in memory bounded by the tile.
+
+        Parameters
+        ----------
+        image
+            PIL image, uint8 array (H, W, 3) or (H, W), or float tensor (3, H, W) or (B, 3, H, W)
+            in [-1, 1].
+        scale, size
+            One of the two: a positive factor, or the output's (height, width).
+        seed
+            Decides everything.
+        steps, sampler
+            Denoising steps; one of `samplers.SAMPLERS`.
+        tile
+            Side of a tile in pixels of the input; by default twice the training's `low_size`.
+        progress
+            Called after each step with steps done and in all.
+
+        Returns
+        -------
+        Any
+            The kind it was given: PIL image (RGB), uint8 array (H', W', 3), or tensor in [-1, 1].
+
+        """
+        from arbscale.data import to_tensor
+
+        if not self.preset.low_size:
+            raise RuntimeError(f"{self.preset.name} is a generator; load a super-resolution model")
+        if isinstance(image, Tensor) and image.ndim == 4:
+            options = (scale, size, seed, steps, sampler, tile, progress)
+            return torch.stack([self.upscale(one, *options) for one in image])
+        low = to_tensor(image)  # (3, h, w)
+        if (scale is None) == (size is None):
+            raise ValueError("give either scale, such as 3.7, or size, such as (480, 640)")
+        size = check_size(size) if size else scaled_size(low.shape[-2:], scale)
+        keep_float = isinstance(image, Tensor) and image.is_floating_point()
+        out = torch.empty(3, *size, dtype=torch.float32 if keep_float else torch.uint8)
+        tile = tile or 2 * self.preset.low_size
+        spans = list(tiles(low.shape[-2:], tile, overlap=tile // 4))
+        for i, span in enumerate(spans):
+            inner = progress and (lambda k, n, i=i: progress(i * n + k, len(spans) * n))
+            window, rgb = self._upscale_tile(low, size, span, seed, steps, sampler, inner)
+            paste(out, rgb, window, span)
+        return _like(out, image)
+
+    def _upscale_tile(
+        self,
+        low: Tensor,
+        size: Size,
+        span: Any,
+        seed: int,
+        steps: int,
+        sampler: str,
+        progress: Progress | None,
+    ) -> tuple[Window, Tensor]:
+        """Denoise one tile of the input; return where it lies in the output and its pixels."""
+        crop = low[:, span.top : span.bottom, span.left : span.right].to(self.device)
+        condition = self.condition(crop[None])  # (1, c, h, w), scaled
+        grid = tuple(condition.shape[-2:])
+        zoom = grid[0] / crop.shape[-2]  # latent pixels an input pixel
+        corner = round(span.top * zoom), round(span.left * zoom)
+        noise = noise_field(seed, self.preset.latent_channels, corner, grid)[None]
+        generator = torch.Generator().manual_seed(seed)
+        z = self._denoise(noise, condition, steps, sampler, generator, progress)
+        window, coords, cells = span.points(low.shape[-2:], size)
+        features = self.first_stage.features(z)
+        rgb = self.first_stage.liif.query(
+            features, coords[None].to(features), cells[None].to(features)
+        )
+        return window, rgb[0].mT.reshape(3, *window[2:]).clamp(-1, 1).cpu()
+
+    def condition(self, low: Tensor) -> Tensor:
+        """Turn low-resolution images (B, 3, h, w) in [-1, 1] into scaled latents (B, c, h', w').
+
+        Enlarged by nearest neighbour to the encoder's input size and encoded, as in the released
+        code; h' = h * image_size / low_size / f.
+        """
+        ratio = self.preset.image_size / self.preset.low_size / self.preset.factor
+        grid = [max(1, round(n * ratio)) for n in low.shape[-2:]]
+        enlarged = F.interpolate(low, size=[n * self.preset.factor for n in grid], mode="nearest")
+        return self.first_stage.encode(enlarged) * self.scale_factor
+
+    def decode(self, z: Tensor, size: int | Size, window: Window | None = None) -> Tensor:
+        """Unscaled latents (B, c, h, w) -> pictures (B, 3, H, W) in [-1, 1], or a window of them."""
+        return self.first_stage.decode(z, size, window).clamp(-1, 1)
+
+    def latent_grid(self, size: Size) -> Size:
+        """Return the latent grid (h, w) for a picture's aspect ratio, at about the trained area."""
+        side = self.preset.latent_size
+        stretch = math.sqrt(size[0] / size[1])
+        return max(1, round(side * stretch)), max(1, round(side / stretch))
+
+    def denoise(self, condition: Tensor | None = None) -> Denoiser:
+        """Return `denoise(z_t, t)` with the condition filled in."""
+        return lambda z, t: self.denoiser(z, t, condition)
+
+    def _denoise(
+        self,
+        noise: Tensor,
+        condition: Tensor | None,
+        steps: int,
+        sampler: str,
+        generator: torch.Generator,
+        progress: Progress | None,
+    ) -> Tensor:
+        # The solver errs most where noise is low, so its grid is denser there (Song et al. 2021).
+        power = 2.0 if sampler == "dpm_solver_pp" else 1.0
+        z = get_sampler(sampler)(
+            self.denoise(condition),
+            noise.to(self.device),
+            self.schedule,
+            spaced_timesteps(self.schedule.steps, steps, power),
+            generator=generator,
+            callback=progress and (lambda i, z_t, z_0: progress(i + 1, steps)),
+        )
+        return z / self.scale_factor
+
+    def save(self, path: str | Path, half: bool = False) -> None:
+        """Write weights and manifest into the folder `path`; `half` stores float16."""
+        known = {**self.manifest, "preset": self.preset.to_dict(), "scale_factor": self.scale_factor}
+        weights.save(path, self.state_dict(), known, half)
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> ArbitraryScaleModel:
+        """Load a shipped model by name, or one from a folder, ready for use on the CPU.
+
+        Raises FileNotFoundError or ValueError with the mend; see `weights.load`.
+        """
+        folder = weights.find(name_or_path)
+        state, manifest = weights.load(folder)
+        model = cls(Preset.from_dict(manifest["preset"]), manifest["scale_factor"], manifest)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the weights in {folder} do not fit the preset in its manifest; fetch or save "
+                f"them again ({str(error).splitlines()[-1].strip()})"
+            ) from None
+        return model.eval()
+
+
+def _like(out: Tensor, image: Any) -> Any:
+    """Return the picture (3, H, W) as the kind that `image` is."""
+    if isinstance(image, Tensor):
+        return out.to(image.device)
+    array = out.permute(1, 2, 0).contiguous().numpy()
+    if type(image).__module__ == "numpy":
+        return array
+    from PIL import Image
+
+    return Image.fromarray(array)

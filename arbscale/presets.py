@@ -1,0 +1,265 @@
+"""Every number of a model and its training, and the named sets of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+
+from arbscale.autoencoder import Decoder, Encoder, SymmetricDecoder
+from arbscale.diffusion import NoiseSchedule
+from arbscale.first_stage import FirstStage
+from arbscale.liif import LIIF
+from arbscale.unet import UNet
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model, its noise schedule and the sizes that it is trained at.
+
+    Sizes are sides of square pictures in pixels. Fields hold numbers and tuples alone, so a preset
+    travels in a manifest as JSON.
+    """
+
+    name: str
+    # first stage
+    channels: int = 128  # width of the first level; also of the features that LIIF reads
+    multipliers: tuple[int, ...] = (1, 2, 4)  # width of each level; f = 2 ** (levels - 1)
+    blocks: int = 2  # residual blocks a level
+    latent_channels: int = 3  # c
+    posterior: bool = False  # whether the latent is a Gaussian posterior
+    hidden: tuple[int, ...] = (256,) * 4  # LIIF's hidden layers
+    local_ensemble: bool = True  # LIIF blends its four nearest latent pixels
+    cell_decode: bool = True  # LIIF is told the pixel's extent
+    # denoiser
+    unet_channels: int = 64  # width of the first level, at least 64
+    unet_multipliers: tuple[int, ...] = (1, 2)  # width of each level
+    unet_blocks: int = 2  # residual blocks a level
+    unet_attention_levels: tuple[int, ...] = (1,)  # levels with attention, 0 the widest grid
+    head_channels: int = 32  # width of an attention head
+    # schedule
+    beta_start: float = 0.0015  # first beta; between, the roots are evenly spaced
+    beta_end: float = 0.0195  # last beta
+    diffusion_steps: int = 1000  # T
+    # training sizes
+    image_size: int = 256  # the encoder's input
+    low_size: int | None = None  # the low-resolution input of super-resolution; None: generation
+    target_sizes: tuple[int, int] = (64, 256)  # LIIF's targets, uniform between these
+    first_stage_batch: int = 4  # images a step
+    diffusion_batch: int = 8  # images a step
+    first_stage_lr: float = 5e-5  # Adam's learning rate for autoencoder and decoder
+    diffusion_lr: float = 1e-6  # Adam's learning rate for the denoiser
+    alignment_lr: float = 1e-6  # the same for the alignment stage
+
+    @property
+    def factor(self) -> int:
+        """How many image pixels one latent pixel spans."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latent grid while training."""
+        return self.image_size // self.factor
+
+    def to_dict(self) -> dict:
+        """Return the fields as a dictionary that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Preset:
+        """Read what `to_dict` wrote; ValueError on unknown or missing fields."""
+        known = {f.name for f in fields(cls)}
+        if set(values) != known:
+            raise ValueError(
+                f"the preset's fields do not fit this version: unknown {sorted(set(values) - known)}, "
+                f"missing {sorted(known - set(values))}; save the model again with this version"
+            )
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def tiny(low_size: int | None = None) -> Preset:
+    """Build a miniature for tests and for live training in a notebook: seconds on two cores."""
+    return Preset(
+        name="tiny",
+        channels=32,
+        multipliers=(1, 1),
+        blocks=1,
+        hidden=(64,) * 3,
+        unet_multipliers=(1, 1),
+        unet_blocks=1,
+        image_size=32,
+        low_size=low_size,
+        target_sizes=(16, 64),
+        first_stage_batch=16,
+        diffusion_batch=32,
+        first_stage_lr=2e-3,
+        diffusion_lr=1e-3,
+        alignment_lr=1e-4,
+    )
+
+
+def scenes() -> Preset:
+    """Return the shipped generator of continuous scenes: 64 px, latent 16 x 16 x 4."""
+    return Preset(
+        name="scenes",
+        channels=32,
+        multipliers=(1, 2, 2),
+        blocks=1,
+        latent_channels=4,
+        hidden=(96,) * 3,
+        unet_multipliers=(1, 2),
+        unet_blocks=1,
+        image_size=64,
+        target_sizes=(32, 256),
+        first_stage_batch=16,
+        diffusion_batch=32,
+        first_stage_lr=1e-3,
+        diffusion_lr=5e-4,
+        alignment_lr=2e-5,
+    )
+
+
+def photos_tiny() -> Preset:
+    """Return the shipped small super-resolver of photographs: low 16 px, latent 16 x 16 x 4."""
+    return Preset(
+        name="photos-tiny",
+        channels=32,
+        multipliers=(1, 2, 2),
+        blocks=1,
+        latent_channels=4,
+        hidden=(96,) * 3,
+        unet_multipliers=(1, 2),
+        unet_blocks=1,
+        beta_end=0.0155,
+        image_size=64,
+        low_size=16,
+        target_sizes=(32, 128),
+        first_stage_batch=16,
+        diffusion_batch=32,
+        first_stage_lr=1e-3,
+        diffusion_lr=5e-4,
+        alignment_lr=2e-5,
+    )
+
+
+def paper_generation_256() -> Preset:
+    """Generation at 256 px, Kim and Kim 2024; the U-Net of CompVis' FFHQ model (not released)."""
+    return Preset(
+        name="paper_generation_256",
+        unet_channels=224,
+        unet_multipliers=(1, 2, 3, 4),
+        unet_attention_levels=(1, 2, 3),
+    )
+
+
+def paper_faces_sr() -> Preset:
+    """Super-resolution of faces, 16 to 128 px and beyond, Kim and Kim 2024."""
+    return Preset(
+        name="paper_faces_sr",
+        latent_channels=32,
+        posterior=True,
+        unet_channels=256,
+        unet_multipliers=(1, 2, 4, 4),
+        unet_attention_levels=(0, 1, 2),
+        beta_start=0.0001,
+        beta_end=0.015,
+        image_size=128,
+        low_size=16,
+        target_sizes=(32, 128),
+        first_stage_batch=8,
+    )
+
+
+def paper_div2k_sr() -> Preset:
+    """Super-resolution of photographs, 48 px crops, Kim and Kim 2024."""
+    return Preset(
+        name="paper_div2k_sr",
+        unet_channels=160,
+        unet_multipliers=(1, 2, 2, 4),
+        unet_attention_levels=(3,),
+        beta_end=0.0155,
+        image_size=192,
+        low_size=48,
+        target_sizes=(48, 192),
+        first_stage_batch=8,
+    )
+
+
+def paper_tower_sr() -> Preset:
+    """Super-resolution of LSUN Tower, 16 to 256 px; its U-Net and betas are ours, as for faces."""
+    return Preset(
+        name="paper_tower_sr",
+        multipliers=(1, 2, 4, 4),
+        latent_channels=32,
+        posterior=True,
+        unet_channels=256,
+        unet_multipliers=(1, 2, 4, 4),
+        unet_attention_levels=(0, 1, 2),
+        beta_start=0.0001,
+        beta_end=0.015,
+        image_size=256,
+        low_size=16,
+        target_sizes=(32, 256),
+        first_stage_batch=6,
+    )
+
+
+PRESETS: dict[str, Callable[[], Preset]] = {
+    "tiny": tiny,
+    "scenes": scenes,
+    "photos-tiny": photos_tiny,
+    "paper_generation_256": paper_generation_256,
+    "paper_faces_sr": paper_faces_sr,
+    "paper_div2k_sr": paper_div2k_sr,
+    "paper_tower_sr": paper_tower_sr,
+}
+
+
+def get(name: str) -> Preset:
+    """Return the preset of that name; ValueError lists the names."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+def build_encoder(preset: Preset) -> Encoder:
+    """Build an untrained encoder."""
+    return Encoder(
+        preset.channels,
+        preset.multipliers,
+        preset.blocks,
+        preset.latent_channels,
+        preset.posterior,
+    )
+
+
+def build_decoder(preset: Preset) -> Decoder:
+    """Build the untrained up-sampling decoder that pre-trains the encoder."""
+    return Decoder(preset.channels, preset.multipliers, preset.blocks, preset.latent_channels)
+
+
+def build_first_stage(preset: Preset) -> FirstStage:
+    """Build an untrained first stage."""
+    decoder = SymmetricDecoder(
+        preset.channels, preset.multipliers, preset.blocks, preset.latent_channels
+    )
+    width = preset.channels * preset.multipliers[0]
+    liif = LIIF(width, preset.hidden, preset.local_ensemble, preset.cell_decode)
+    return FirstStage(build_encoder(preset), decoder, liif, preset.posterior)
+
+
+def build_denoiser(preset: Preset) -> UNet:
+    """Build an untrained denoiser; super-resolution's takes a condition of c channels."""
+    return UNet(
+        preset.latent_channels,
+        preset.latent_channels if preset.low_size else 0,
+        preset.unet_channels,
+        preset.unet_multipliers,
+        preset.unet_blocks,
+        preset.unet_attention_levels,
+        preset.head_channels,
+    )
+
+
+def build_schedule(preset: Preset) -> NoiseSchedule:
+    """Build the noise schedule."""
+    return NoiseSchedule(preset.beta_start, preset.beta_end, preset.diffusion_steps)

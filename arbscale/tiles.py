@@ -1,0 +1,132 @@
+"""Overlapping tiles: large pictures in memory bounded by the tile.
+
+Tiles are cut in the input; each is denoised on its own, with noise that does not depend on how the
+picture is cut, and laid over its neighbours with a linear ramp across the overlap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arbscale.coords import Size, Window
+
+NOISE_BLOCK = 32  # latent pixels a side that share one stream of random numbers
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of the input, and how far it overlaps the tiles above and to its left."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+    over_top: int
+    over_left: int
+
+    def points(self, low_size: Size, size: Size) -> tuple[Window, Tensor, Tensor]:
+        """Find the output pixels whose centres lie in this tile.
+
+        Returns
+        -------
+        tuple
+            Their window in the output of `size`; their coordinates (N, 2) in [-1, 1] of the tile;
+            and their cell (2,) in the tile's units.
+
+        """
+        axes, starts, cells = [], [], []
+        for low, high, n, total in zip(
+            (self.top, self.left), (self.bottom, self.right), low_size, size, strict=True
+        ):
+            centres = (torch.arange(total, dtype=torch.float64) + 0.5) * (n / total)
+            inside = (centres >= low) & (centres < high)
+            axes.append((centres[inside] - low) * (2 / (high - low)) - 1)
+            starts.append(int(inside.float().argmax()))
+            cells.append(2 * n / total / (high - low))
+        coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(-1, 2)
+        window = (*starts, len(axes[0]), len(axes[1]))
+        return window, coords.float(), torch.tensor(cells)
+
+
+def tiles(size: Size, side: int, overlap: int) -> Iterator[Tile]:
+    """Cover a picture of `size` with tiles of at most `side`, overlapping by at least `overlap`.
+
+    Raises ValueError unless 0 <= overlap < side.
+    """
+    if not 0 <= overlap < side:
+        raise ValueError(f"a tile of {side} px cannot overlap by {overlap} px; take a larger tile")
+    rows, cols = (_spans(n, side, overlap) for n in size)
+    for top, bottom, over_top in rows:
+        for left, right, over_left in cols:
+            yield Tile(top, left, bottom, right, over_top, over_left)
+
+
+def _spans(n: int, side: int, overlap: int) -> list[tuple[int, int, int]]:
+    """Return evenly spread (start, end, overlap with the one before) along one axis."""
+    count = max(1, math.ceil((n - overlap) / (side - overlap)))
+    starts = [round(i * (n - side) / (count - 1)) for i in range(count)] if count > 1 else [0]
+    ends = [min(n, start + side) for start in starts]
+    return [
+        (start, end, ends[i - 1] - start if i else 0)
+        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]
+
+
+def noise_field(seed: int, channels: int, corner: Size, size: Size) -> Tensor:
+    """Cut a window (channels, h, w) from an endless field of normal noise that `seed` names.
+
+    Each block of the field has its own stream, so a window costs no more wherever it lies.
+    """
+    (top, left), (height, width) = corner, size
+    first_row, first_col = top // NOISE_BLOCK, left // NOISE_BLOCK
+    field = torch.cat(
+        [
+            torch.cat(
+                [
+                    _noise_block(seed, channels, row, col)
+                    for col in range(first_col, (left + width - 1) // NOISE_BLOCK + 1)
+                ],
+                dim=2,
+            )
+            for row in range(first_row, (top + height - 1) // NOISE_BLOCK + 1)
+        ],
+        dim=1,
+    )
+    top, left = top - first_row * NOISE_BLOCK, left - first_col * NOISE_BLOCK
+    return field[:, top : top + height, left : left + width]
+
+
+def _noise_block(seed: int, channels: int, row: int, col: int) -> Tensor:
+    mixed = (seed * 1_000_003 + row) * 1_000_003 + col  # any mixing does: the generator scrambles
+    generator = torch.Generator().manual_seed(mixed % 2**63)
+    return torch.randn(channels, NOISE_BLOCK, NOISE_BLOCK, generator=generator)
+
+
+def paste(out: Tensor, rgb: Tensor, window: Window, tile: Tile) -> None:
+    """Lay a tile's pixels (3, h, w) in [-1, 1] over `out` (3, H, W), in place.
+
+    `out` is float32 in [-1, 1] or uint8. Across the overlap with the tiles above and to the left
+    the new pixels fade in linearly.
+    """
+    top, left, height, width = window
+    if not height or not width:
+        return
+    fade_in_y = _ramp(height, tile.over_top / (tile.bottom - tile.top))
+    fade_in_x = _ramp(width, tile.over_left / (tile.right - tile.left))
+    alpha = fade_in_y[:, None] * fade_in_x  # (h, w)
+    target = out[:, top : top + height, left : left + width]
+    as_bytes = out.dtype == torch.uint8
+    new = (rgb + 1) * 127.5 if as_bytes else rgb
+    new = torch.where(alpha < 1, target + alpha * (new - target), new)
+    target.copy_(new.round() if as_bytes else new)
+
+
+def _ramp(n: int, share: float) -> Tensor:
+    """Return weights (n,) that rise over the first `share` of the axis and are 1 after it."""
+    position = (torch.arange(n) + 0.5) / n
+    return (position / share).clamp(max=1) if share else torch.ones(n)
