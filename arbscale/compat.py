@@ -63,7 +63,10 @@ def first_stage_from_reference(config: dict, state: State) -> FirstStage:
         ("encoder.1", "encoder.head"),
         ("decoder.decoder.0", "decoder.stem.0"),
         *_prefixed(_decoder_pairs(decoder), "decoder.decoder.1.", "decoder."),
-        *((f"decoder.inr.imnet.layers.{2 * i}", f"liif.layers.{i}") for i in range(len(head.layers))),
+        *(
+            (f"decoder.inr.imnet.layers.{2 * i}", f"liif.layers.{i}")
+            for i in range(len(head.layers))
+        ),
     ]
     return _load(first_stage, pairs, state)
 

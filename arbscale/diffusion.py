@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""`denoise(z_t, t) -> eps`: latents (B, c, h, w), steps (B,) int64, predicted noise (B, c, h, w)."""
+"""`denoise(z_t, t) -> eps`: latents and noise (B, c, h, w), steps (B,) int64."""
 
 
 class NoiseSchedule:

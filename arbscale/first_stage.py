@@ -45,9 +45,7 @@ class FirstStage(nn.Module):
         """Latent (B, c, h, w) -> the features (B, C, h, w) that `render` reads."""
         return self.decoder(z)
 
-    def render(
-        self, features: Tensor, size: int | Size, window: Window | None = None
-    ) -> Tensor:
+    def render(self, features: Tensor, size: int | Size, window: Window | None = None) -> Tensor:
         """Features (B, C, h, w) -> picture (B, 3, H, W) of any size; see `LIIF.render`."""
         return self.liif.render(features, size, window)
 

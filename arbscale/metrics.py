@@ -6,6 +6,11 @@ images rounded to 8 bits; say with every result which colour space and which bor
 
 from __future__ import annotations
 
+import functools
+import os
+import warnings
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,6 +81,65 @@ def ssim(a: Tensor, b: Tensor, space: str = "rgb", border: int = 0) -> float:
 
 
 @torch.no_grad()
+def lpips(a: Tensor, b: Tensor) -> float:
+    """Learned perceptual distance, v0.1 over AlexNet, at least 0, which identical images have.
+
+    Mean over the images. Computed by the package `lpips` (Zhang et al. 2018); AlexNet's ImageNet
+    weights come from the folder that ARBSCALE_WEIGHTS names or from torch hub's cache.
+
+    Parameters
+    ----------
+    a, b
+        Float images (B, 3, H, W) or (3, H, W) in [-1, 1], at least 32 pixels a side.
+
+    Raises
+    ------
+    FileNotFoundError
+        Where AlexNet's weights are in neither place; it says how to get them.
+
+    """
+    a, b = (x if x.ndim == 4 else x[None] for x in (a, b))
+    if a.shape != b.shape or min(a.shape[-2:]) < 32:
+        raise ValueError(
+            f"LPIPS takes two batches of one shape, sides of at least 32 px, got {tuple(a.shape)} "
+            f"and {tuple(b.shape)}; crop or resize them"
+        )
+    network = _lpips_network().to(a.device)
+    with torch.no_grad():
+        pairs = zip(a.clamp(-1, 1).float(), b.clamp(-1, 1).float(), strict=True)
+        return sum(network(x[None], y[None]).item() for x, y in pairs) / len(a)
+
+
+@functools.lru_cache(maxsize=1)
+def _lpips_network() -> torch.nn.Module:
+    import lpips as package
+
+    state = torch.load(_alexnet_weights(), map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's, of arguments that the package still uses
+        network = package.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    named = {name.split(".", 1)[1]: p for name, p in network.net.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in named.items():  # "0.weight" there is "features.0.weight" here
+            parameter.copy_(state[f"features.{name}"])
+    return network.eval()
+
+
+def _alexnet_weights() -> Path:
+    own = os.environ.get("ARBSCALE_WEIGHTS")
+    folders = [Path(own).expanduser()] if own else []
+    folders.append(Path(torch.hub.get_dir()) / "checkpoints")
+    for folder in folders:
+        for path in (folder / "alexnet_features.pth", *sorted(folder.glob("alexnet-owt-*.pth"))):
+            if path.is_file():
+                return path
+    raise FileNotFoundError(
+        f"LPIPS needs AlexNet's ImageNet weights, in none of {[str(f) for f in folders]}; fetch "
+        "them once by torchvision.models.alexnet(weights='DEFAULT'), or set ARBSCALE_WEIGHTS to a "
+        "folder that holds alexnet_features.pth"
+    )
+
+
 def self_ssim(images: dict[int | Size, Tensor], variant: str = "clean") -> Tensor:
     """Consistency over sizes: how similar the same latents' pictures at sizes a and b are.
 

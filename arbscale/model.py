@@ -219,7 +219,7 @@ class ArbitraryScaleModel(nn.Module):
         return self.first_stage.encode(enlarged) * self.scale_factor
 
     def decode(self, z: Tensor, size: int | Size, window: Window | None = None) -> Tensor:
-        """Unscaled latents (B, c, h, w) -> pictures (B, 3, H, W) in [-1, 1], or a window of them."""
+        """Unscaled latents (B, c, h, w) -> pictures (B, 3, H, W) in [-1, 1], or a window."""
         return self.first_stage.decode(z, size, window).clamp(-1, 1)
 
     def latent_grid(self, size: Size) -> Size:
@@ -255,8 +255,8 @@ class ArbitraryScaleModel(nn.Module):
 
     def save(self, path: str | Path, half: bool = False) -> None:
         """Write weights and manifest into the folder `path`; `half` stores float16."""
-        known = {**self.manifest, "preset": self.preset.to_dict(), "scale_factor": self.scale_factor}
-        weights.save(path, self.state_dict(), known, half)
+        numbers = {"preset": self.preset.to_dict(), "scale_factor": self.scale_factor}
+        weights.save(path, self.state_dict(), {**self.manifest, **numbers}, half)
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> ArbitraryScaleModel:

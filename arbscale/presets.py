@@ -70,7 +70,7 @@ class Preset:
         known = {f.name for f in fields(cls)}
         if set(values) != known:
             raise ValueError(
-                f"the preset's fields do not fit this version: unknown {sorted(set(values) - known)}, "
+                f"the preset does not fit this version: unknown {sorted(set(values) - known)}, "
                 f"missing {sorted(known - set(values))}; save the model again with this version"
             )
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -119,13 +119,13 @@ def scenes() -> Preset:
 
 
 def photos_tiny() -> Preset:
-    """Return the shipped small super-resolver of photographs: low 16 px, latent 16 x 16 x 4."""
+    """Return the shipped small super-resolver of photographs: low 16 px, latent 16 x 16 x 8."""
     return Preset(
         name="photos-tiny",
         channels=32,
         multipliers=(1, 2, 2),
         blocks=1,
-        latent_channels=4,
+        latent_channels=8,
         hidden=(96,) * 3,
         unet_multipliers=(1, 2),
         unet_blocks=1,
@@ -133,7 +133,7 @@ def photos_tiny() -> Preset:
         image_size=64,
         low_size=16,
         target_sizes=(32, 128),
-        first_stage_batch=16,
+        first_stage_batch=8,
         diffusion_batch=32,
         first_stage_lr=1e-3,
         diffusion_lr=5e-4,
@@ -142,7 +142,7 @@ def photos_tiny() -> Preset:
 
 
 def paper_generation_256() -> Preset:
-    """Generation at 256 px, Kim and Kim 2024; the U-Net of CompVis' FFHQ model (not released)."""
+    """Return generation at 256 px, Kim and Kim 2024; the U-Net is CompVis' FFHQ model's."""
     return Preset(
         name="paper_generation_256",
         unet_channels=224,

@@ -199,7 +199,8 @@ def train_diffusion(
         t, noise = _draw_times(model, z0, generator)
         return denoising_loss(model.denoise(condition), z0, t, noise, model.schedule).mean()
 
-    return _optimise_with_ema(model.denoiser, loss, model.preset.diffusion_lr, steps, seed, "diffusion")
+    lr = model.preset.diffusion_lr
+    return _optimise_with_ema(model.denoiser, loss, lr, steps, seed, "diffusion")
 
 
 def finetune_alignment(
@@ -280,7 +281,7 @@ def _optimise(
     name: str,
     after_step: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """Run Adam with a short warm-up and a cosine decay; RuntimeError at a loss that is not finite."""
+    """Run Adam with a short warm-up and a cosine decay; RuntimeError at a non-finite loss."""
     parameters = list(parameters)
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(parameters, lr=lr)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoids of steps (B,) -> (B, dim): cosines, then sines, of periods from 2 pi to 1e4 2 pi."""
+    """Sinusoids of steps (B,) -> (B, dim): cosines, then sines, periods of 2 pi to 1e4 2 pi."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
     angles = t[:, None].float() * frequencies  # (B, half)

@@ -35,8 +35,9 @@ def find(name_or_path: str | Path) -> Path:
         if (folder / MANIFEST).is_file():
             return folder
     raise FileNotFoundError(
-        f"no model {str(name_or_path)!r}: neither a folder with a {MANIFEST} nor one of the shipped "
-        f"models ({', '.join(shipped()) or 'none found'}); train one with `python -m arbscale train`"
+        f"no model {str(name_or_path)!r}: neither a folder with a {MANIFEST} nor one of the "
+        f"shipped models ({', '.join(shipped()) or 'none found'}); train one with "
+        "`python -m arbscale train`"
     )
 
 
