@@ -1,0 +1,212 @@
+"""Published state dicts: what fits is read, what does not is named."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from arbscale import compat
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def read(name: str):
+    """Return config, first stage's state, denoiser's state and recorded tensors."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as f:
+        config = json.loads(f.metadata()["config"])
+        groups: dict[str, dict[str, torch.Tensor]] = {}
+        for key in f.keys():
+            group, rest = key.split("/", 1)
+            groups.setdefault(group, {})[rest] = f.get_tensor(key)
+    return config, groups["first_stage"], groups["unet"], groups["inputs"] | groups["outputs"]
+
+
+@pytest.fixture(params=["plain", "posterior"])
+def golden(request):
+    return read(request.param)
+
+
+READERS = {
+    "first stage": (
+        compat.first_stage_from_reference,
+        1,
+        "decoder.inr.imnet.layers.2.weight",
+    ),
+    "U-Net": (compat.unet_from_reference, 2, "middle_block.1.qkv.weight"),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_missing_tensor_is_named(golden, reader):
+    read_it, part, key = READERS[reader]
+    state = dict(golden[part])
+    del state[key]
+    with pytest.raises(ValueError, match=f"missing \\['{key}'\\], unexpected \\[\\]"):
+        read_it(golden[0], state)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_an_unexpected_tensor_is_named(golden, reader):
+    read_it, part, _ = READERS[reader]
+    state = golden[part] | {"extra.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"missing \[\], unexpected \['extra.weight'\]"):
+        read_it(golden[0], state)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_an_ill_shaped_tensor_is_named(golden, reader):
+    read_it, part, key = READERS[reader]
+    state = golden[part] | {key: golden[part][key][:-1]}
+    with pytest.raises(ValueError, match=f"of another shape \\['{key} .* for .*'\\]; pass the"):
+        read_it(golden[0], state)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_several_faults_are_told_at_once(golden, reader):
+    read_it, part, key = READERS[reader]
+    state = {k: v for k, v in golden[part].items() if k != key} | {"a": torch.zeros(1)}
+    with pytest.raises(ValueError) as error:
+        read_it(golden[0], state)
+    assert key in str(error.value) and "'a'" in str(error.value)
+
+
+def test_a_config_of_another_network(golden):
+    config = copy.deepcopy(golden[0])
+    config["ddconfig"]["num_res_blocks"] += 1
+    config["unet"]["num_res_blocks"] += 1
+    for read_it, part, _ in READERS.values():
+        with pytest.raises(ValueError, match="does not fit its config: missing"):
+            read_it(config, golden[part])
+
+
+def test_the_state_is_left_as_it_was(golden):
+    config, state, unet_state, _ = golden
+    before = set(state), set(unet_state)
+    stage = compat.first_stage_from_reference(config, state)
+    assert (set(state), set(unet_state)) == before
+    assert all(p.dtype == torch.float32 for p in stage.parameters())
+
+
+# CompVis' latent diffusion ------------------------------------------------------------------------
+
+
+def ldm_checkpoint(state, unet_state):
+    """Arrange a whole checkpoint under CompVis' published names, up-sampling decoder and all."""
+    checkpoint = {"betas": torch.zeros(1000), "model_ema.decay": torch.tensor(0.9999)}
+    for key, tensor in state.items():
+        if key.startswith("encoder.0."):
+            checkpoint["first_stage_model.encoder." + key[len("encoder.0.") :]] = tensor
+        elif key.startswith("encoder.1."):
+            checkpoint["first_stage_model.quant_conv." + key[len("encoder.1.") :]] = tensor
+        elif key.startswith("decoder.decoder.1."):
+            checkpoint["first_stage_model.decoder." + key[len("decoder.decoder.1.") :]] = tensor
+    checkpoint |= {
+        "first_stage_model.decoder.up.1.upsample.conv.weight": torch.zeros(4, 4, 3, 3),
+        "first_stage_model.decoder.conv_out.weight": torch.zeros(3, 4, 3, 3),
+        "first_stage_model.post_quant_conv.weight": torch.zeros(3, 3, 1, 1),
+        "first_stage_model.quantize.embedding.weight": torch.zeros(16, 3),
+        "first_stage_model.loss.logvar": torch.zeros(()),
+        "first_stage_model.loss.perceptual_loss.lin0.model.1.weight": torch.zeros(1, 64, 1, 1),
+    }
+    for key, tensor in unet_state.items():
+        checkpoint["model.diffusion_model." + key] = tensor
+        checkpoint["model_ema.diffusion_model" + key.replace(".", "")] = torch.zeros(1)
+    return checkpoint
+
+
+@torch.no_grad()
+def test_the_encoder_of_a_whole_checkpoint(golden):
+    config, state, unet_state, tensors = golden
+    encoder = compat.encoder_from_ldm(config, ldm_checkpoint(state, unet_state))
+    latent = encoder(tensors["image"])[:, : config["ddconfig"]["z_channels"]]
+    assert (latent - tensors["latent"]).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_the_encoder_of_a_first_stage_alone(golden):
+    config, state, unet_state, tensors = golden
+    prefix = "first_stage_model."
+    alone = {
+        k[len(prefix) :]: v
+        for k, v in ldm_checkpoint(state, unet_state).items()
+        if k.startswith(prefix)
+    }
+    encoder = compat.encoder_from_ldm(config, alone)
+    latent = encoder(tensors["image"])[:, : config["ddconfig"]["z_channels"]]
+    assert (latent - tensors["latent"]).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_the_unet_of_a_whole_checkpoint(golden):
+    config, state, unet_state, tensors = golden
+    unet = compat.unet_from_reference(config, ldm_checkpoint(state, unet_state))
+    eps = unet(tensors["z_t"], tensors["t"], tensors["condition"])
+    assert (eps - tensors["eps"]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "key", ["first_stage_model.quant_conv.bias", "first_stage_model.encoder.conv_in.weight"]
+)
+def test_a_checkpoint_without_a_part_of_the_encoder(golden, key):
+    checkpoint = ldm_checkpoint(*golden[1:3])
+    del checkpoint[key]
+    with pytest.raises(ValueError, match=key.removeprefix("first_stage_model.")):
+        compat.encoder_from_ldm(golden[0], checkpoint)
+
+
+def test_a_checkpoint_with_more_in_the_encoder(golden):
+    checkpoint = ldm_checkpoint(*golden[1:3])
+    checkpoint["first_stage_model.encoder.extra.weight"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"unexpected \['encoder.extra.weight'\]"):
+        compat.encoder_from_ldm(golden[0], checkpoint)
+
+
+# Variants of the U-Net ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_spatial_transformer": True},
+        {"use_scale_shift_norm": True},
+        {"resblock_updown": True},
+        {"use_new_attention_order": True},  # another order of heads, in tensors of the same shape
+        {"num_head_channels": -1, "num_heads": 2},
+    ],
+    ids=lambda o: next(iter(o)),
+)
+def test_networks_of_another_kind_are_refused(golden, option):
+    """Rather than read into a network that computes something else."""
+    config = copy.deepcopy(golden[0])
+    config["unet"] |= option
+    with pytest.raises(ValueError, match=next(iter(option))):
+        compat.unet_from_reference(config, golden[2])
+
+
+def test_options_that_are_off_are_no_hindrance(golden):
+    config = copy.deepcopy(golden[0])
+    config["unet"] |= {"use_spatial_transformer": False, "use_scale_shift_norm": False}
+    compat.unet_from_reference(config, golden[2])
+
+
+def test_the_width_of_a_head_must_be_given(golden):
+    config = copy.deepcopy(golden[0])
+    del config["unet"]["num_head_channels"]
+    with pytest.raises(ValueError, match="must give num_head_channels"):
+        compat.unet_from_reference(config, golden[2])
+
+
+def test_attention_by_factor_and_by_size(golden):
+    """The U-Net's `attention_resolutions` are factors, the encoder's are sizes in pixels."""
+    config, state, unet_state, _ = golden
+    unet = compat.unet_from_reference(config, unet_state)
+    factors = config["unet"]["attention_resolutions"]
+    with_attention = [len(stacks[0]) > 1 for stacks in unet.down]
+    assert with_attention == [2**i in factors for i in range(len(with_attention))]
+    encoder = compat.first_stage_from_reference(config, state).encoder
+    sizes = [config["ddconfig"]["resolution"] // 2**i for i in range(len(encoder.levels))]
+    with_attention = [any(hasattr(m, "q") for m in level) for level in encoder.levels]
+    assert with_attention == [s in config["ddconfig"]["attn_resolutions"] for s in sizes]

@@ -1,0 +1,163 @@
+"""Tiles cover the picture, blend to one, and the noise knows nothing of them."""
+
+import pytest
+import torch
+
+from arbscale.coords import cell, grid
+from arbscale.tiles import NOISE_BLOCK, Tile, noise_field, paste, tiles
+
+COVERS = [
+    # input, tile, overlap
+    ((5, 7), 32, 8),
+    ((32, 32), 32, 8),
+    ((33, 65), 32, 8),
+    ((100, 31), 32, 0),
+    ((1, 90), 16, 4),
+    ((47, 50), 9, 3),
+    ((3, 2), 1, 0),
+    ((64, 200), 48, 12),
+]
+
+
+@pytest.mark.parametrize(("size", "side", "overlap"), COVERS, ids=str)
+def test_tiles_cover_the_input(size, side, overlap):
+    covered = torch.zeros(size, dtype=torch.int)
+    for tile in tiles(size, side, overlap):
+        assert 0 < tile.bottom - tile.top <= side and 0 < tile.right - tile.left <= side
+        # The overlap is what has been covered above and to the left.
+        before = covered[tile.top : tile.bottom, tile.left : tile.right] > 0
+        assert before[: tile.over_top].all() and before[:, : tile.over_left].all()
+        assert not before[tile.over_top :, tile.over_left :].any()
+        assert tile.over_top >= overlap or tile.top == 0
+        assert tile.over_left >= overlap or tile.left == 0
+        covered[tile.top : tile.bottom, tile.left : tile.right] += 1
+    assert (covered > 0).all()
+
+
+def test_a_small_picture_is_one_tile():
+    assert list(tiles((5, 32), 32, 8)) == [Tile(0, 0, 5, 32, 0, 0)]
+
+
+def test_tiles_are_evenly_spread():
+    starts = sorted({tile.left for tile in tiles((8, 100), 32, 8)})
+    assert starts[0] == 0 and starts[-1] == 68
+    gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize(("side", "overlap"), [(8, 8), (8, 9), (8, -1), (0, 0), (-4, 0)])
+def test_an_impossible_overlap_is_refused(side, overlap):
+    with pytest.raises(ValueError, match="take a larger tile"):
+        list(tiles((20, 20), side, overlap))
+
+
+# Points -------------------------------------------------------------------------------------------
+
+
+def test_the_only_tile_has_the_pictures_own_points():
+    (tile,) = tiles((6, 9), 32, 8)
+    window, coords, cells = tile.points((6, 9), (20, 33))
+    assert window == (0, 0, 20, 33)
+    torch.testing.assert_close(coords, grid((20, 33)).view(-1, 2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(cells.float(), cell((20, 33)))
+
+
+@pytest.mark.parametrize("size", [(100, 61), (201, 333), (37, 20), (9, 200), (4, 3)], ids=str)
+def test_points_are_where_they_would_be_without_tiles(size):
+    """A tile's own coordinates, mapped back to the picture, are the picture's pixel centres."""
+    low = (54, 33)
+    whole = grid(size)
+    seen = torch.zeros(size, dtype=torch.int)
+    for tile in tiles(low, 16, 4):
+        (top, left, height, width), coords, cells = tile.points(low, size)
+        assert coords.shape == (height * width, 2)
+        assert coords.numel() == 0 or coords.abs().max() <= 1
+        start = torch.tensor([tile.top, tile.left])
+        side = torch.tensor([tile.bottom - tile.top, tile.right - tile.left])
+        total = torch.tensor(low)
+        back = (start + (coords + 1) / 2 * side) / total * 2 - 1
+        expected = whole[top : top + height, left : left + width].reshape(-1, 2)
+        torch.testing.assert_close(back, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close((cells * side / total).float(), cell(size))
+        seen[top : top + height, left : left + width] += 1
+    assert (seen > 0).all(), "every output pixel lies in a tile"
+
+
+def test_a_tile_may_hold_no_pixel():
+    """Reduced twenty times, most tiles fall between two pixel centres."""
+    empty = 0
+    for tile in tiles((60, 60), 4, 1):
+        window, coords, _ = tile.points((60, 60), (3, 3))
+        empty += len(coords) == 0
+        paste(torch.zeros(3, 3, 3), torch.zeros(3, *window[2:]), window, tile)
+    assert empty > 100
+
+
+# Pasting ------------------------------------------------------------------------------------------
+
+SIZES = [(5, 7), (54, 33), (40, 81)]
+OUTPUTS = [(54, 33), (200, 150), (31, 97), (13, 9), (5, 4), (1, 1), (77, 3)]
+
+
+@pytest.mark.parametrize("out_size", OUTPUTS, ids=str)
+@pytest.mark.parametrize("low", SIZES, ids=str)
+@pytest.mark.parametrize(("side", "overlap"), [(16, 4), (16, 0), (9, 5), (32, 8)])
+def test_constants_stay_constant(low, out_size, side, overlap):
+    """Whatever `out` held before (here: not a number) is painted over, and weights sum to one."""
+    out = torch.full((3, *out_size), float("nan"))
+    for tile in tiles(low, side, overlap):
+        window, _, _ = tile.points(low, out_size)
+        paste(out, torch.full((3, *window[2:]), 0.3), window, tile)
+    torch.testing.assert_close(out, torch.full_like(out, 0.3))
+
+
+def test_bytes():
+    out = torch.zeros(3, 50, 50, dtype=torch.uint8)
+    for tile in tiles((20, 20), 8, 2):
+        window, coords, _ = tile.points((20, 20), (50, 50))
+        paste(out, torch.full((3, *window[2:]), 0.5), window, tile)
+    assert out.unique().tolist() == [191]  # (0.5 + 1) * 127.5 = 191.25
+    for value, byte in ((-1.0, 0), (1.0, 255)):
+        paste(out, torch.full((3, 50, 50), value), (0, 0, 50, 50), Tile(0, 0, 20, 20, 0, 0))
+        assert out.unique().tolist() == [byte]
+
+
+def test_the_overlap_fades_in():
+    out = torch.zeros(3, 4, 12)
+    first, second = tiles((4, 12), 8, 4)
+    paste(out, torch.zeros(3, 4, 8), first.points((4, 12), (4, 12))[0], first)
+    paste(out, torch.ones(3, 4, 8), second.points((4, 12), (4, 12))[0], second)
+    row = out[0, 0]
+    assert row[:4].tolist() == [0] * 4 and row[8:].tolist() == [1] * 4
+    assert row[4:8].tolist() == pytest.approx([0.125, 0.375, 0.625, 0.875])
+
+
+# Noise --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (5, 17), (31, 32), (64, 3), (1000, 70)], ids=str)
+def test_a_window_of_noise_does_not_depend_on_the_cut(corner):
+    top, left = corner
+    whole = noise_field(7, 4, corner, (70, 45))
+    assert whole.shape == (4, 70, 45)
+    for dy, dx, height, width in [(0, 0, 1, 1), (3, 40, 60, 5), (69, 0, 1, 45), (20, 20, 33, 2)]:
+        part = noise_field(7, 4, (top + dy, left + dx), (height, width))
+        assert torch.equal(part, whole[:, dy : dy + height, dx : dx + width])
+
+
+def test_noise_is_standard_normal_and_fresh_everywhere():
+    field = noise_field(0, 4, (0, 0), (256, 256))
+    assert field.mean().abs() < 0.01
+    assert field.std().item() == pytest.approx(1, abs=0.01)
+    assert (field.abs() > 3).float().mean().item() == pytest.approx(0.0027, abs=0.0006)
+    n = NOISE_BLOCK
+    blocks = field.unfold(1, n, n).unfold(2, n, n).reshape(4, -1, n * n)  # (4, blocks, n*n)
+    correlation = torch.corrcoef(blocks.transpose(0, 1).flatten(1))
+    assert (correlation - torch.eye(len(correlation))).abs().max() < 0.1
+
+
+def test_noise_is_named_by_its_seed():
+    a, b = (noise_field(seed, 3, (0, 0), (40, 40)) for seed in (1, 2))
+    assert torch.equal(a, noise_field(1, 3, (0, 0), (40, 40)))
+    assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.05
+    assert noise_field(-5, 3, (0, 0), (4, 4)).isfinite().all()

@@ -1,0 +1,117 @@
+"""The denoiser: any size, each picture for itself, and awake to the step."""
+
+import math
+
+import pytest
+import torch
+
+from arbscale.unet import Attention, ResidualBlock, UNet, timestep_embedding
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def awake(net: torch.nn.Module) -> torch.nn.Module:
+    """Replace the zeros that training starts from."""
+    torch.manual_seed(1)
+    for p in net.parameters():
+        if not p.detach().abs().sum():
+            torch.nn.init.normal_(p, std=0.05)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return awake(UNet(3, channels=64, multipliers=(1, 1, 2), blocks=1, attention_levels=(1,)))
+
+
+STEPS = torch.tensor([3, 800])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (1, 1), (3, 5), (7, 2), (6, 13), (1, 9)], ids=str)
+@torch.no_grad()
+def test_any_size(unet, size):
+    eps = unet(noise(2, 3, *size), STEPS)
+    assert eps.shape == (2, 3, *size)
+    assert eps.isfinite().all()
+
+
+@torch.no_grad()
+def test_pictures_of_a_batch_are_independent(unet):
+    z = noise(2, 3, 5, 6)
+    alone = torch.cat([unet(z[i : i + 1], STEPS[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(unet(z, STEPS), alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_noise_depends_on_the_step(unet):
+    z = noise(1, 3, 8, 8)
+    a, b, c = (unet(z, torch.tensor([t])) for t in (0, 10, 990))
+    assert (a - b).abs().max() > 1e-3
+    assert (a - c).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_one_channel_a_group_is_blind_to_the_step():
+    """What time adds to a whole channel, its normalisation removes: hence the width of 64."""
+    change = {}
+    for channels in (32, 64):
+        torch.manual_seed(0)
+        block = awake(ResidualBlock(channels, channels, 16))
+        x = noise(1, channels, 6, 6)
+        out = [block(x, noise(1, 16, seed=seed)) for seed in (1, 2)]
+        change[channels] = (out[0] - out[1]).abs().max().item()
+    assert change[32] < 1e-4 < 1e-2 < change[64]
+
+
+@torch.no_grad()
+def test_training_starts_at_zero():
+    assert not UNet(3, channels=64, multipliers=(1,), blocks=1)(noise(1, 3, 4, 4), STEPS[:1]).any()
+
+
+@torch.no_grad()
+def test_condition():
+    torch.manual_seed(0)
+    net = awake(UNet(3, condition_channels=4, channels=64, multipliers=(1, 1), blocks=1))
+    z = noise(2, 3, 6, 6)
+    eps = [net(z, STEPS, noise(2, 4, 6, 6, seed=seed)) for seed in (1, 2)]
+    assert eps[0].shape == (2, 3, 6, 6)
+    assert (eps[0] - eps[1]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="takes 4 channels of condition"):
+        net(z, STEPS)
+
+
+def test_no_condition_is_taken_unasked(unet):
+    with pytest.raises(ValueError, match="takes no condition"):
+        unet(noise(2, 3, 4, 4), STEPS, noise(2, 3, 4, 4))
+
+
+def test_gradients_reach_every_weight():
+    torch.manual_seed(0)
+    net = awake(UNet(3, channels=64, multipliers=(1, 1), blocks=1, attention_levels=(0, 1)))
+    net(noise(2, 3, 5, 4), STEPS).square().sum().backward()
+    assert not [n for n, p in net.named_parameters() if not p.grad.abs().sum() > 0]
+
+
+def test_timestep_embedding_by_hand():
+    e = timestep_embedding(torch.tensor([0, 7]), 6)
+    assert e[0].tolist() == [1, 1, 1, 0, 0, 0]
+    angles = [7 * 10_000 ** (-k / 3) for k in range(3)]
+    expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
+    assert e[1].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@torch.no_grad()
+def test_attention_by_hand():
+    """Heads come one after the other in the projection, each as query, key, value."""
+    torch.manual_seed(0)
+    layer, x = awake(Attention(64, head_channels=32)), noise(1, 64, 2, 3)
+    h = layer.qkv(layer.norm(x)[0].flatten(1).T)  # (6, 192)
+    heads = []
+    for start in (0, 96):
+        q, k, v = h[:, start : start + 96].split(32, dim=1)
+        heads.append(torch.softmax(q @ k.T / 32**0.5, dim=1) @ v)
+    mixed = layer.out(torch.cat(heads, dim=1)).T.reshape(1, 64, 2, 3)
+    torch.testing.assert_close(layer(x, None), x + mixed, atol=1e-5, rtol=1e-5)

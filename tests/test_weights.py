@@ -1,0 +1,205 @@
+"""Weights on disk: what is written comes back, and what is wrong is named with its mend."""
+
+import ast
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import arbscale
+from arbscale import presets, weights
+from arbscale.model import ArbitraryScaleModel
+
+PRESET = {"preset": {"name": "any"}}
+
+
+@pytest.fixture
+def state():
+    generator = torch.Generator().manual_seed(0)
+    return {f"layer{i}.weight": torch.randn(5, 10, generator=generator) for i in range(4)}
+
+
+@pytest.fixture
+def folder(tmp_path, state):
+    weights.save(tmp_path / "model", state, PRESET)
+    return tmp_path / "model"
+
+
+def edit(folder, change):
+    """Change the manifest in place."""
+    path = folder / weights.MANIFEST
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def test_round_trip_is_exact(folder, state):
+    back, manifest = weights.load(folder)
+    assert set(back) == set(state)
+    assert all(torch.equal(back[k], state[k]) for k in state)
+    assert manifest["preset"] == PRESET["preset"] and manifest["format"] == 1
+
+
+def test_half_is_half_the_size_and_comes_back_as_float32(tmp_path, folder, state):
+    weights.save(tmp_path / "half", state, PRESET, half=True)
+    back, _ = weights.load(tmp_path / "half")
+    assert all(t.dtype == torch.float32 for t in back.values())
+    assert all(torch.equal(back[k], state[k].half().float()) for k in state)
+    sizes = [(d / "weights-00000.safetensors").stat().st_size for d in (folder, tmp_path / "half")]
+    assert 350 < sizes[0] - sizes[1] <= 400 + 8
+
+
+def test_shards(tmp_path, state, monkeypatch):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 450)  # two tensors of 200 bytes
+    weights.save(tmp_path, state, PRESET)
+    assert len(list(tmp_path.glob("weights-*.safetensors"))) == 2
+    back, manifest = weights.load(tmp_path)
+    assert all(torch.equal(back[k], state[k]) for k in state)
+    assert [f["name"] for f in manifest["files"]] == [
+        "weights-00000.safetensors", "weights-00001.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_tensor_larger_than_a_shard_has_one_for_itself(tmp_path, state, monkeypatch):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 100)
+    weights.save(tmp_path, state, PRESET)
+    assert len(list(tmp_path.glob("weights-*.safetensors"))) == 4
+    assert len(weights.load(tmp_path)[0]) == 4
+
+
+def test_saving_again_leaves_no_old_shard(tmp_path, state, monkeypatch):
+    monkeypatch.setattr(weights, "SHARD_BYTES", 100)
+    weights.save(tmp_path, state, PRESET)
+    monkeypatch.undo()
+    weights.save(tmp_path, state, PRESET)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "manifest.json", "weights-00000.safetensors",
+    ]  # fmt: skip
+
+
+def test_views_and_gradients_can_be_saved(tmp_path):
+    base = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    weights.save(tmp_path, {"a": base, "b": base.T}, PRESET)
+    assert torch.equal(weights.load(tmp_path)[0]["b"], base.detach().T)
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+
+def test_an_altered_file(folder):
+    path = folder / "weights-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="SHA-256; fetch it again"):
+        weights.load(folder)
+
+
+def test_a_truncated_file(folder):
+    path = folder / "weights-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="has 100 bytes, .* truncated download .* fetch it again"):
+        weights.load(folder)
+
+
+def test_a_missing_file(folder):
+    (folder / "weights-00000.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="named in the manifest but missing; fetch"):
+        weights.load(folder)
+
+
+def test_an_unknown_name(tmp_path):
+    for wrong in ("no-such-model", tmp_path):
+        with pytest.raises(FileNotFoundError, match="train one with `python -m arbscale train`"):
+            weights.find(wrong)
+    with pytest.raises(FileNotFoundError, match="no model 'no-such-model'.*photos-tiny, scenes"):
+        arbscale.load("no-such-model")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"format": 2}', '{"format": 1}'])
+def test_a_damaged_manifest(folder, text):
+    (folder / weights.MANIFEST).write_text(text)
+    with pytest.raises(ValueError, match="damaged or of another version; fetch or save"):
+        weights.load(folder)
+
+
+def test_a_manifest_that_is_no_text(folder):
+    (folder / weights.MANIFEST).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="damaged"):
+        weights.load(folder)
+
+
+@pytest.mark.parametrize("field", ["name", "sha256", "bytes"])
+def test_a_manifest_whose_files_are_half_described(folder, field):
+    edit(folder, lambda m: m["files"][0].pop(field))
+    with pytest.raises(ValueError, match="damaged"):
+        weights.load(folder)
+
+
+# A whole model ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    torch.manual_seed(0)
+    ArbitraryScaleModel(presets.tiny(), 1.7).save(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_a_preset_that_does_not_fit_its_weights(model_folder):
+    other = dataclasses.replace(presets.tiny(), hidden=(48,)).to_dict()
+    edit(model_folder, lambda m: m.update(preset=other))
+    with pytest.raises(ValueError, match="do not fit the preset in its manifest; fetch or save"):
+        arbscale.load(model_folder)
+
+
+def test_a_preset_of_another_version(model_folder):
+    edit(model_folder, lambda m: m["preset"].pop("hidden"))
+    with pytest.raises(ValueError, match=r"missing \['hidden'\]; save the model again"):
+        arbscale.load(model_folder)
+
+
+def test_a_manifest_without_a_scale_factor(model_folder):
+    edit(model_folder, lambda m: m.pop("scale_factor"))
+    with pytest.raises(ValueError, match="scale_factor|damaged"):
+        arbscale.load(model_folder)
+
+
+def test_a_path_may_be_text_and_relative(model_folder, monkeypatch):
+    monkeypatch.chdir(model_folder.parent)
+    assert arbscale.load("tiny").scale_factor == 1.7
+    assert arbscale.load(str(model_folder)).preset == presets.tiny()
+
+
+@pytest.mark.parametrize("name", ["scenes", "photos-tiny"])
+def test_what_ships_can_be_loaded(name):
+    assert name in weights.shipped()
+    model = arbscale.load(name)
+    assert model.preset.name == name and not model.training
+
+
+def test_shards_fit_a_repository():
+    for name in weights.shipped():
+        for file in weights.read_manifest(weights.find(name))["files"]:
+            assert file["bytes"] < 16_000_000
+
+
+# No code in weights -------------------------------------------------------------------------------
+
+SOURCES = sorted(Path(arbscale.__file__).parent.glob("**/*.py"))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_nothing_is_unpickled(source):
+    """No pickle at all, and `torch.load` with `weights_only=True` alone."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
+            assert not {"pickle", "dill", "joblib", "cloudpickle"} & set(names), ast.dump(node)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load"):
+            options = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            safe = options.get("weights_only") == "True" or options.get("allow_pickle") == "False"
+            assert safe, f"{source.name}:{node.lineno}"
