@@ -259,6 +259,7 @@ def parser() -> argparse.ArgumentParser:
         nargs=4,
         default=[1000, 2500, 4000, 200],
         metavar=("AUTOENCODER", "DECODER", "DIFFUSION", "ALIGNMENT"),
+        help="steps of each stage; AUTOENCODER 0 trains encoder and decoder together",
     )
     sub.add_argument("--max-weight", type=float, help="clamp of the alignment's image term")
     sub.add_argument("-o", "--output", type=Path, required=True, help="folder for the weights")

@@ -15,21 +15,23 @@ from torch import Tensor, nn
 EPS = 1e-6  # of group normalisation in the first stage
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=EPS)
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=EPS)
 
 
 class ResidualBlock(nn.Module):
     """(B, in_channels, h, w) -> (B, out_channels, h, w)."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, groups: int = 32):
         super().__init__()
-        self.norm1 = _norm(in_channels)
+        self.norm1 = _norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = _norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        nn.init.zeros_(self.conv2.weight)  # starts as the identity (or `skip`): trains faster
+        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the block's correction to a (possibly projected) copy of the input."""
@@ -41,13 +43,15 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over all positions, (B, C, h, w) -> (B, C, h, w)."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int = 32):
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Let every position read from every other one."""
@@ -81,19 +85,24 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _level(in_channels: int, out_channels: int, blocks: int, attention: bool) -> nn.Sequential:
+def _level(
+    in_channels: int, out_channels: int, blocks: int, attention: bool, groups: int
+) -> nn.Sequential:
     """`blocks` residual blocks, each followed by attention where asked."""
     layers: list[nn.Module] = []
     for i in range(blocks):
-        layers.append(ResidualBlock(in_channels if i == 0 else out_channels, out_channels))
+        before = in_channels if i == 0 else out_channels
+        layers.append(ResidualBlock(before, out_channels, groups))
         if attention:
-            layers.append(Attention(out_channels))
+            layers.append(Attention(out_channels, groups))
     return nn.Sequential(*layers)
 
 
-def _middle(channels: int) -> nn.Sequential:
+def _middle(channels: int, groups: int) -> nn.Sequential:
     return nn.Sequential(
-        ResidualBlock(channels, channels), Attention(channels), ResidualBlock(channels, channels)
+        ResidualBlock(channels, channels, groups),
+        Attention(channels, groups),
+        ResidualBlock(channels, channels, groups),
     )
 
 
@@ -114,6 +123,9 @@ class Encoder(nn.Module):
         Whether the latent is a Gaussian posterior.
     attention_levels
         Levels with attention after each block; the middle has it always.
+    groups
+        Of group normalisation, 32 as published. A narrow network wants fewer: with one or two
+        channels a group the normalisation wipes out brightness and contrast.
 
     """
 
@@ -125,6 +137,7 @@ class Encoder(nn.Module):
         latent_channels: int = 3,
         posterior: bool = False,
         attention_levels: tuple[int, ...] = (),
+        groups: int = 32,
     ):
         super().__init__()
         widths = [channels * m for m in multipliers]
@@ -132,12 +145,12 @@ class Encoder(nn.Module):
         self.factor = 2 ** (len(widths) - 1)
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
         self.levels = nn.ModuleList(
-            _level(before, width, blocks, i in attention_levels)
+            _level(before, width, blocks, i in attention_levels, groups)
             for i, (before, width) in enumerate(zip([channels, *widths], widths, strict=False))
         )
         self.downs = nn.ModuleList(Downsample(width) for width in widths[:-1])
-        self.middle = _middle(widths[-1])
-        self.norm = _norm(widths[-1])
+        self.middle = _middle(widths[-1], groups)
+        self.norm = _norm(widths[-1], groups)
         self.conv = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
         self.head = nn.Conv2d(out_channels, out_channels, 1)
 
@@ -172,6 +185,7 @@ class SymmetricDecoder(nn.Module):
         blocks: int = 2,
         latent_channels: int = 3,
         attention_levels: tuple[int, ...] = (),
+        groups: int = 32,
     ):
         super().__init__()
         widths = [channels * m for m in reversed(multipliers)]
@@ -179,10 +193,10 @@ class SymmetricDecoder(nn.Module):
             nn.Conv2d(latent_channels, latent_channels, 1),
             nn.Conv2d(latent_channels, widths[0], 3, padding=1),
         )
-        self.middle = _middle(widths[0])
+        self.middle = _middle(widths[0], groups)
         last = len(widths) - 1
         self.levels = nn.ModuleList(
-            _level(before, width, blocks + 1, last - i in attention_levels)
+            _level(before, width, blocks + 1, last - i in attention_levels, groups)
             for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
 
@@ -208,10 +222,11 @@ class Decoder(SymmetricDecoder):
         blocks: int = 2,
         latent_channels: int = 3,
         attention_levels: tuple[int, ...] = (),
+        groups: int = 32,
     ):
-        super().__init__(channels, multipliers, blocks, latent_channels, attention_levels)
+        super().__init__(channels, multipliers, blocks, latent_channels, attention_levels, groups)
         self.ups = nn.ModuleList(Upsample(channels * m) for m in reversed(multipliers[1:]))
-        self.norm = _norm(channels * multipliers[0])
+        self.norm = _norm(channels * multipliers[0], groups)
         self.conv = nn.Conv2d(channels * multipliers[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

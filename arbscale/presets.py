@@ -26,6 +26,7 @@ class Preset:
     multipliers: tuple[int, ...] = (1, 2, 4)  # width of each level; f = 2 ** (levels - 1)
     blocks: int = 2  # residual blocks a level
     latent_channels: int = 3  # c
+    groups: int = 32  # of group normalisation; narrow networks want fewer
     posterior: bool = False  # whether the latent is a Gaussian posterior
     hidden: tuple[int, ...] = (256,) * 4  # LIIF's hidden layers
     local_ensemble: bool = True  # LIIF blends its four nearest latent pixels
@@ -83,6 +84,7 @@ def tiny(low_size: int | None = None) -> Preset:
         channels=32,
         multipliers=(1, 1),
         blocks=1,
+        groups=8,
         hidden=(64,) * 3,
         unet_multipliers=(1, 1),
         unet_blocks=1,
@@ -125,6 +127,7 @@ def photos_tiny() -> Preset:
         channels=32,
         multipliers=(1, 2, 2),
         blocks=1,
+        groups=8,
         latent_channels=8,
         hidden=(96,) * 3,
         unet_multipliers=(1, 2),
@@ -135,7 +138,7 @@ def photos_tiny() -> Preset:
         target_sizes=(32, 128),
         first_stage_batch=8,
         diffusion_batch=32,
-        first_stage_lr=1e-3,
+        first_stage_lr=2e-3,
         diffusion_lr=5e-4,
         alignment_lr=2e-5,
     )
@@ -229,18 +232,29 @@ def build_encoder(preset: Preset) -> Encoder:
         preset.blocks,
         preset.latent_channels,
         preset.posterior,
+        groups=preset.groups,
     )
 
 
 def build_decoder(preset: Preset) -> Decoder:
     """Build the untrained up-sampling decoder that pre-trains the encoder."""
-    return Decoder(preset.channels, preset.multipliers, preset.blocks, preset.latent_channels)
+    return Decoder(
+        preset.channels,
+        preset.multipliers,
+        preset.blocks,
+        preset.latent_channels,
+        groups=preset.groups,
+    )
 
 
 def build_first_stage(preset: Preset) -> FirstStage:
     """Build an untrained first stage."""
     decoder = SymmetricDecoder(
-        preset.channels, preset.multipliers, preset.blocks, preset.latent_channels
+        preset.channels,
+        preset.multipliers,
+        preset.blocks,
+        preset.latent_channels,
+        groups=preset.groups,
     )
     width = preset.channels * preset.multipliers[0]
     liif = LIIF(width, preset.hidden, preset.local_ensemble, preset.cell_decode)

@@ -22,7 +22,7 @@ from arbscale.diffusion import alignment_loss, denoising_loss
 from arbscale.first_stage import FirstStage
 from arbscale.images import random_crop, resize
 from arbscale.model import ArbitraryScaleModel
-from arbscale.presets import Preset
+from arbscale.presets import Preset, build_decoder
 from arbscale.scenes import Scenes, render_scenes, sample_scenes, scene_colors
 
 EMA_DECAY = 0.999
@@ -132,21 +132,26 @@ def train_autoencoder(
 
 
 def train_decoder(
-    first_stage: FirstStage, source: Source, preset: Preset, steps: int, seed: int = 0
+    first_stage: FirstStage,
+    source: Source,
+    preset: Preset,
+    steps: int,
+    seed: int = 0,
+    freeze_encoder: bool = True,
 ) -> list[float]:
     """Train the symmetric decoder and LIIF on the frozen encoder's latents.
 
     Each step draws a target size, uniform in `preset.target_sizes`, and compares `POINTS` scattered
-    pixels of each picture by L1. Implements the first stage of Kim and Kim 2024.
+    pixels of each picture by L1. With `freeze_encoder=False` the encoder is trained along, as in
+    the released code's default. Implements the first stage of Kim and Kim 2024.
     """
-    first_stage.encoder.requires_grad_(False)
+    first_stage.encoder.requires_grad_(not freeze_encoder)
     device = next(first_stage.parameters()).device
     low, high = preset.target_sizes
 
     def loss(generator: torch.Generator) -> Tensor:
         batch = source(preset.first_stage_batch, generator)
-        with torch.no_grad():
-            z = first_stage.encode(batch.image(preset.image_size).to(device))
+        z = first_stage.encode(batch.image(preset.image_size).to(device))
         size = int(torch.randint(low, high + 1, (), generator=generator))
         pixels = torch.randint(size * size, (len(z), POINTS), generator=generator)
         coords = grid((size, size)).view(-1, 2)[pixels]  # (B, POINTS, 2)
@@ -155,7 +160,7 @@ def train_decoder(
         rgb = first_stage.liif.query(features, coords.to(device), cells.to(device))
         return F.l1_loss(rgb, batch.colors(size, coords).to(device))
 
-    parameters = [*first_stage.decoder.parameters(), *first_stage.liif.parameters()]
+    parameters = [p for p in first_stage.parameters() if p.requires_grad]
     return _optimise(loss, parameters, preset.first_stage_lr, steps, seed, "decoder")
 
 
@@ -166,10 +171,13 @@ def train_first_stage(
     decoder_steps: int,
     seed: int = 0,
 ) -> list[float]:
-    """Pre-train the encoder, freeze it, train decoder and LIIF; return the latter's losses."""
-    from arbscale.presets import build_decoder
+    """Pre-train the encoder, freeze it, train decoder and LIIF; return the latter's losses.
 
+    With no `autoencoder_steps` all three are trained together instead.
+    """
     preset = model.preset
+    if not autoencoder_steps:
+        return train_decoder(model.first_stage, source, preset, decoder_steps, seed, False)
     helper = build_decoder(preset).to(model.device)
     train_autoencoder(model.first_stage.encoder, helper, source, preset, autoencoder_steps, seed)
     return train_decoder(model.first_stage, source, preset, decoder_steps, seed)
@@ -180,7 +188,7 @@ def train_diffusion(
     source: Source,
     steps: int,
     seed: int = 0,
-    pool: int = 16_384,
+    pool: int = 8_192,
 ) -> list[float]:
     """Train the denoiser on latents of the frozen first stage, by the denoising loss, with EMA.
 
