@@ -13,6 +13,8 @@ from torch import Tensor
 from arbscale.coords import cell, grid
 from arbscale.liif import LIIF
 
+SIZE = (256, 256)  # rendered from 64 x 64 features
+
 
 def naive_render(liif: LIIF, features: Tensor, size: tuple[int, int]) -> Tensor:
     """Render (1, C, h, w) the usual way: four `grid_sample`s, concatenate, the MLP on every row."""
@@ -41,18 +43,18 @@ def naive_render(liif: LIIF, features: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def compare(repeats: int = 5) -> list[tuple[str, float, float]]:
-    """Time rendering 256 x 256 from 64 x 64 x 128 features with 4 x 256 hidden, alternating.
+    """Time rendering `SIZE` from 64 x 64 x 128 features with 4 x 256 hidden, alternating.
 
     Returns (name, median seconds, spread in seconds) of each form; both give the same picture,
     which is checked first (RuntimeError).
     """
     torch.manual_seed(0)
-    liif, features, size = LIIF(128), torch.randn(1, 128, 64, 64), (256, 256)
+    liif, features = LIIF(128), torch.randn(1, 128, 64, 64)
     forms: dict[str, Callable[[], Tensor]] = {
         "naive (grid_sample x 4, concatenate, MLP on every row)": lambda: naive_render(
-            liif, features, size
+            liif, features, SIZE
         ),
-        "LIIF.render": lambda: liif.render(features, size),
+        "LIIF.render": lambda: liif.render(features, SIZE),
     }
     pictures = [form() for form in forms.values()]  # also the warm-up
     if (pictures[0] - pictures[1]).abs().max() > 1e-5:

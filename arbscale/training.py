@@ -26,6 +26,7 @@ from arbscale.presets import Preset, build_decoder
 from arbscale.scenes import Scenes, render_scenes, sample_scenes, scene_colors
 
 EMA_DECAY = 0.999
+POOL = 8192  # pictures encoded once for the diffusion model's training
 POINTS = 1024  # of each target, where LIIF is compared with the truth
 
 
@@ -188,15 +189,15 @@ def train_diffusion(
     source: Source,
     steps: int,
     seed: int = 0,
-    pool: int = 8_192,
+    pool: int | None = None,
 ) -> list[float]:
     """Train the denoiser on latents of the frozen first stage, by the denoising loss, with EMA.
 
-    `pool` pictures are encoded once and drawn from. Sets `model.scale_factor`; the averaged weights
-    end up in the model.
+    `pool` pictures (`POOL` by default) are encoded once and drawn from. Sets `model.scale_factor`;
+    the averaged weights end up in the model.
     """
     model.first_stage.requires_grad_(False)
-    z_pool, condition_pool = _encode_pool(model, source, pool, seed)
+    z_pool, condition_pool = _encode_pool(model, source, pool or POOL, seed)
 
     def loss(generator: torch.Generator) -> Tensor:
         picks = torch.randint(len(z_pool), (model.preset.diffusion_batch,), generator=generator)

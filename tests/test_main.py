@@ -1,0 +1,166 @@
+"""The command line, with miniature models: what it writes, and how it refuses nonsense."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from arbscale import ArbitraryScaleModel, presets, weights
+from arbscale.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Save an untrained generator and an untrained super-resolver under the shipped names."""
+    root = tmp_path_factory.mktemp("data")
+    torch.manual_seed(0)
+    for name, low_size in (("scenes", None), ("photos-tiny", 8)):
+        model = ArbitraryScaleModel(presets.tiny(low_size), manifest={"name": name})
+        model.save(root / name)
+    return root
+
+
+@pytest.fixture
+def run(models, monkeypatch, tmp_path, capsys):
+    """Return a function that runs a command and gives its status and its last error line."""
+    monkeypatch.setattr(weights, "SHIPPED", (models,))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as exit:
+            status = exit.code
+        return status, capsys.readouterr().err.strip().splitlines()[-1:]
+
+    return call
+
+
+def gradient(height=12, width=16):
+    return np.linspace(0, 255, height * width).reshape(height, width).astype("uint8")
+
+
+def test_demo_writes_a_contact_sheet(run, tmp_path):
+    assert run("demo")[0] == 0
+    with Image.open(tmp_path / "outputs/demo.png") as sheet:
+        assert sheet.width > 4 * 300
+
+
+def test_generate_at_any_size(run, tmp_path):
+    assert run("generate", "--size", "30x41", "--steps", 2, "-n", 2, "-o", "a.png")[0] == 0
+    for name in ("a-000.png", "a-001.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size == (41, 30)
+    assert run("generate", "--size", "20", "--steps", 2, "-o", "b.png")[0] == 0
+    assert (tmp_path / "b.png").is_file()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "I;16"])
+def test_upscale_takes_a_users_file(run, tmp_path, mode):
+    picture = Image.fromarray(gradient().astype("uint16") * 257) if mode == "I;16" else None
+    (picture or Image.fromarray(gradient()).convert(mode)).save(tmp_path / "in.png")
+    assert run("upscale", "in.png", "--scale", 3.7, "--steps", 2, "-o", "out.png")[0] == 0
+    with Image.open(tmp_path / "out.png") as out:
+        assert (out.mode, out.size) == ("RGB", (59, 44))
+
+
+def test_upscale_turns_a_photograph_upright(run, tmp_path):
+    picture = Image.fromarray(gradient()).convert("RGB")
+    exif = picture.getexif()
+    exif[274] = 6  # orientation: turn by 90 degrees
+    picture.save(tmp_path / "in.jpg", exif=exif)
+    assert run("upscale", "in.jpg", "--scale", 2, "--steps", 2, "-o", "out.jpg")[0] == 0
+    with Image.open(tmp_path / "out.jpg") as out:
+        assert out.size == (24, 32)
+
+
+def test_upscale_takes_one_pixel_wide_and_a_size(run, tmp_path):
+    Image.fromarray(gradient()[:, :1]).save(tmp_path / "in.png")
+    assert run("upscale", "in.png", "--size", "50x7", "--steps", 2, "-o", "out.png")[0] == 0
+    with Image.open(tmp_path / "out.png") as out:
+        assert out.size == (7, 50)
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("upscale", "none.png", "--scale", 2, "-o", "o.png"), "check the path"),
+        (("upscale", "bad.png", "--scale", 2, "-o", "o.png"), "cannot be read"),
+        (("upscale", "in.png", "--scale", 0, "-o", "o.png"), "positive number"),
+        (("upscale", "in.png", "--scale", "nan", "-o", "o.png"), "positive number"),
+        (("upscale", "in.png", "--scale", "-2", "-o", "o.png"), "positive number"),
+        (("upscale", "in.png", "--scale", 1e9, "-o", "o.png"), "smaller"),
+        (("upscale", "in.png", "--size", "0x5", "-o", "o.png"), "no size"),
+        (("upscale", "in.png", "--size", "big", "-o", "o.png"), "no size"),
+        (("upscale", "in.png", "-o", "o.png"), "--scale"),
+        (("upscale", "in.png", "--scale", 2, "-o", "o.what"), "picture file"),
+        (("upscale", "in.png", "--scale", 2, "--model", "nope", "-o", "o.png"), "no model"),
+        (("upscale", "in.png", "--scale", 2, "--model", "scenes", "-o", "o.png"), "generator"),
+        (("upscale", "in.png", "--scale", 2, "--sampler", "euler", "-o", "o.png"), "ddim"),
+        (("upscale", "in.png", "--scale", 2, "--steps", 5000, "-o", "o.png"), "between 1 and"),
+        (("generate", "photos-tiny", "-o", "o.png"), "super-resolution"),
+        (("generate", "-n", 0, "-o", "o.png"), "at least 1"),
+        (("train", "huge", "-o", "o"), "no preset"),
+        (("evaluate", "photos-tiny", "--data", "nowhere"), "ARBSCALE_DATA"),
+        (("fly",), "invalid choice"),
+        ((), "COMMAND"),
+    ],
+)
+def test_nonsense_gives_one_line_and_a_status(run, tmp_path, monkeypatch, words, hint):
+    monkeypatch.delenv("ARBSCALE_DATA", raising=False)
+    Image.fromarray(gradient()).save(tmp_path / "in.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    status, line = run(*words)
+    assert status == 2
+    assert hint in line[0] and "Traceback" not in line[0]
+    assert not (tmp_path / "o.png").exists()
+
+
+def test_evaluate_writes_json_with_its_protocol(run, tmp_path):
+    words = ("--scales", 2, "-n", 1, "-o", "results/a.json")
+    assert run("evaluate", "scenes", *words)[0] == 0
+    report = json.loads((tmp_path / "results/a.json").read_text())
+    assert set(report["results"]["2"]) == {
+        "bicubic of own training-size output",
+        "ours (first stage)",
+    }
+    assert report["protocol"]["images"] == 1 and report["versions"]["torch"]
+    Image.fromarray(gradient(40, 44)).convert("RGB").save(tmp_path / "in.png")
+    assert run("evaluate", "photos-tiny", "--data", tmp_path, "--split", "all", *words)[0] == 0
+    report = json.loads((tmp_path / "results/a.json").read_text())
+    assert set(report["results"]["2"]) == {"bicubic", "ours", "first stage (ceiling)"}
+    assert report["results"]["2"]["bicubic"]["psnr"] > 20
+
+
+def test_bench_prints_both_forms(run, capsys, monkeypatch):
+    monkeypatch.setattr("arbscale.bench.SIZE", (32, 32))
+    assert main(["bench", "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "naive" in printed and "times faster" in printed
+
+
+@pytest.mark.parametrize("name", ["generator", "super-resolver"])
+def test_train_writes_a_model_that_loads(run, tmp_path, monkeypatch, name):
+    low_size = 8 if name == "super-resolver" else None
+    small = replace(presets.tiny(low_size), image_size=16, target_sizes=(8, 32), diffusion_batch=4)
+    small = replace(small, first_stage_batch=2)
+    monkeypatch.setitem(presets.PRESETS, "small", lambda: small)
+    monkeypatch.setattr("arbscale.training.POOL", 8)
+    data = "photos" if low_size else "scenes"
+    out = tmp_path / "trained"
+    assert run("train", "small", "--data", data, "--steps", 2, 2, 2, 2, "-o", out)[0] == 0
+    model = ArbitraryScaleModel.load(out)
+    assert model.preset == small and model.scale_factor > 0
+    assert model.manifest["steps"]["diffusion"] == 2 and "train" in model.manifest["command"]
+    assert (tmp_path / "trained-before-alignment").is_dir()
+
+
+def test_the_module_runs(tmp_path):
+    words = [sys.executable, "-m", "arbscale", "upscale", "none.png", "--scale", "2", "-o", "o.png"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
