@@ -106,45 +106,54 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train a preset through all four stages, and save it."""
+    """Train a preset through its four stages, and save it after each; 0 steps skip a stage."""
     from arbscale.data import open_dataset
 
     started = time.perf_counter()
-    preset = presets.get(args.preset)
+    if args.start:
+        model = ArbitraryScaleModel.load(args.start)
+    else:
+        torch.manual_seed(args.seed)
+        model = ArbitraryScaleModel(presets.get(args.preset))
+    model.to(pick_device())
     if args.data == "scenes":
         source = training.scene_source(seed=args.seed)
     else:
-        source = training.photo_source(open_dataset(args.data, "train"), preset)
-    torch.manual_seed(args.seed)
-    model = ArbitraryScaleModel(preset).to(pick_device())
-    autoencoder, decoder, diffusion, alignment = args.steps
-    losses = {"decoder": training.train_first_stage(model, source, autoencoder, decoder, args.seed)}
-    losses["diffusion"] = training.train_diffusion(model, source, diffusion, args.seed)
+        source = training.photo_source(open_dataset(args.data, "train"), model.preset)
+    before = dict(model.manifest)
 
-    def save(out: Path) -> None:
+    def save(stage: str, losses: list[float]) -> None:
         threads = torch.get_num_threads()
-        stages = ("autoencoder", "decoder", "diffusion", "alignment")
-        model.manifest = {
-            "name": preset.name,
+        recent = losses[-100:]
+        model.manifest |= {
+            "name": model.preset.name,
             "data": args.data,
             "licence": LICENCES.get(args.data, "that of the data it was trained on"),
-            "command": "python -m arbscale " + " ".join(sys.argv[1:]),
-            "seed": args.seed,
-            "steps": dict(zip(stages, args.steps, strict=True)),
-            "minutes": round((time.perf_counter() - started) / 60, 1),
+            "commands": [
+                *before.get("commands", []),
+                "python -m arbscale " + " ".join(sys.argv[1:]),
+            ],
+            "minutes": round((time.perf_counter() - started) / 60 + before.get("minutes", 0), 1),
             "machine": f"{model.device.type}, {threads} threads, {platform.machine()}",
             "torch": torch.__version__,
-            "final_losses": {k: sum(v[-100:]) / len(v[-100:]) for k, v in losses.items() if v},
+            "losses": {**model.manifest.get("losses", {}), stage: sum(recent) / max(1, len(recent))},
         }
-        model.save(out, half=True)
-        print(f"{out}: {model.manifest['minutes']} min, {model.manifest['final_losses']}")
+        model.save(args.output, half=True)
+        print(f"{stage}: {args.output}, {model.manifest['minutes']} minutes")
 
-    if alignment:
-        save(args.output.with_name(args.output.name + "-before-alignment"))
-        losses["alignment"] = training.finetune_alignment(
-            model, source, alignment, args.seed, args.max_weight
+    autoencoder, decoder, diffusion, alignment = args.steps
+    if autoencoder or decoder:
+        save(
+            "first stage",
+            training.train_first_stage(model, source, autoencoder, decoder, args.seed, args.joint),
         )
-    save(args.output)
+    if diffusion:
+        save("diffusion", training.train_diffusion(model, source, diffusion, args.seed))
+    if alignment:
+        save(
+            "alignment",
+            training.finetune_alignment(model, source, alignment, args.seed, args.max_weight),
+        )
 
 
 def _check_output(path: Path, size: Size) -> None:
@@ -192,6 +201,10 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; wanted a whole number of at least 1")
     return int(text)
+
+
+def _steps(text: str) -> int:
+    return 0 if text == "0" else _count(text)
 
 
 class OneLine(argparse.ArgumentParser):
@@ -255,12 +268,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", default="scenes", help="'scenes', 'photos', a folder, or a name")
     sub.add_argument(
         "--steps",
-        type=int,
+        type=_steps,
         nargs=4,
-        default=[1000, 2500, 4000, 200],
+        default=(1000, 2500, 4000, 200),
         metavar=("AUTOENCODER", "DECODER", "DIFFUSION", "ALIGNMENT"),
-        help="steps of each stage; AUTOENCODER 0 trains encoder and decoder together",
+        help="steps of each stage; default 1000 2500 4000 200",
     )
+    sub.add_argument("--joint", action="store_true", help="DECODER trains the encoder along")
+    sub.add_argument("--start", help="go on from this model: a name or a folder")
     sub.add_argument("--max-weight", type=float, help="clamp of the alignment's image term")
     sub.add_argument("-o", "--output", type=Path, required=True, help="folder for the weights")
     return main

@@ -171,17 +171,18 @@ def train_first_stage(
     autoencoder_steps: int,
     decoder_steps: int,
     seed: int = 0,
+    joint: bool = False,
 ) -> list[float]:
     """Pre-train the encoder, freeze it, train decoder and LIIF; return the latter's losses.
 
-    With no `autoencoder_steps` all three are trained together instead.
+    With `joint` the encoder goes on learning in the second part. Either part may have no steps.
     """
     preset = model.preset
-    if not autoencoder_steps:
-        return train_decoder(model.first_stage, source, preset, decoder_steps, seed, False)
-    helper = build_decoder(preset).to(model.device)
-    train_autoencoder(model.first_stage.encoder, helper, source, preset, autoencoder_steps, seed)
-    return train_decoder(model.first_stage, source, preset, decoder_steps, seed)
+    if autoencoder_steps:
+        helper = build_decoder(preset).to(model.device)
+        encoder = model.first_stage.encoder
+        train_autoencoder(encoder, helper, source, preset, autoencoder_steps, seed)
+    return train_decoder(model.first_stage, source, preset, decoder_steps, seed, not joint)
 
 
 def train_diffusion(

@@ -156,8 +156,15 @@ def test_train_writes_a_model_that_loads(run, tmp_path, monkeypatch, name):
     assert run("train", "small", "--data", data, "--steps", 2, 2, 2, 2, "-o", out)[0] == 0
     model = ArbitraryScaleModel.load(out)
     assert model.preset == small and model.scale_factor > 0
-    assert model.manifest["steps"]["diffusion"] == 2 and "train" in model.manifest["command"]
-    assert (tmp_path / "trained-before-alignment").is_dir()
+    assert set(model.manifest["losses"]) == {"first stage", "diffusion", "alignment"}
+    words = ("--start", out, "--joint", "--steps", 0, 2, 0, 0, "-o", tmp_path / "more")
+    assert run("train", "small", "--data", data, *words)[0] == 0
+    more = ArbitraryScaleModel.load(tmp_path / "more")
+    assert len(more.manifest["commands"]) == 2
+    assert more.scale_factor == model.scale_factor
+    assert not torch.equal(
+        more.first_stage.encoder.stem.weight, model.first_stage.encoder.stem.weight
+    )
 
 
 def test_the_module_runs(tmp_path):
