@@ -10,6 +10,7 @@ from arbscale.autoencoder import (
     Downsample,
     Encoder,
     GaussianPosterior,
+    ResidualBlock,
     SymmetricDecoder,
 )
 
@@ -20,6 +21,15 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=seeded())
+
+
+def awake(net: torch.nn.Module) -> torch.nn.Module:
+    """Replace the zeros that training starts from."""
+    torch.manual_seed(1)
+    for p in net.parameters():
+        if not p.detach().abs().sum():
+            torch.nn.init.normal_(p, std=0.05)
+    return net
 
 
 @pytest.mark.parametrize("size", [(4, 4), (8, 20), (12, 4), (28, 36)], ids=str)
@@ -68,7 +78,7 @@ def network(request):
     """A network, and a batch of three for it."""
     torch.manual_seed(0)
     build, shape = NETWORKS[request.param]
-    return build(), noise(3, *shape)
+    return awake(build()), noise(3, *shape)
 
 
 @torch.no_grad()
@@ -105,6 +115,23 @@ def test_attention_levels_are_the_encoders():
     assert [any(isinstance(m, Attention) for m in level) for level in decoder.levels] == [0, 0, 1]
 
 
+@pytest.mark.parametrize("layer", [ResidualBlock(32, 32), Attention(32)], ids=["block", "attn"])
+@torch.no_grad()
+def test_training_starts_at_the_identity(layer):
+    x = noise(2, 32, 3, 4)
+    assert torch.equal(layer(x), x)
+
+
+@pytest.mark.parametrize("network", [Encoder, SymmetricDecoder, Decoder])
+def test_groups_of_every_normalisation(network):
+    for groups in (32, 8):
+        options = {} if groups == 32 else {"groups": groups}
+        net = network(32, (1, 2), 1, attention_levels=(0,), **options)
+        norms = [m for m in net.modules() if isinstance(m, torch.nn.GroupNorm)]
+        assert len(norms) > 8
+        assert {(m.num_groups, m.eps) for m in norms} == {(groups, 1e-6)}
+
+
 @torch.no_grad()
 def test_downsampling_pads_right_and_bottom_only():
     down = Downsample(1)
@@ -117,7 +144,7 @@ def test_downsampling_pads_right_and_bottom_only():
 @torch.no_grad()
 def test_attention_by_hand():
     torch.manual_seed(0)
-    layer, x = Attention(32), noise(1, 32, 2, 3)
+    layer, x = awake(Attention(32)), noise(1, 32, 2, 3)
     h = layer.norm(x).flatten(2)[0].T  # (6, 32)
     q, k, v = (h @ f.weight[:, :, 0, 0].T + f.bias for f in (layer.q, layer.k, layer.v))
     mixed = torch.softmax(q @ k.T / 32**0.5, dim=1) @ v

@@ -46,7 +46,7 @@ def test_the_papers_sizes(name, image, low, latent, channels, targets, betas):
     assert (preset.latent_size, preset.latent_channels) == (latent, channels)
     assert (preset.beta_start, preset.beta_end, preset.diffusion_steps) == (*betas, 1000)
     assert preset.hidden == (256,) * 4 and preset.local_ensemble and preset.cell_decode
-    assert preset.posterior == (channels == 32)
+    assert preset.posterior == (channels == 32) and preset.groups == 32
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -84,6 +84,13 @@ def test_the_options_of_liif_arrive():
     preset = dataclasses.replace(presets.tiny(), local_ensemble=False, cell_decode=False)
     liif = presets.build_first_stage(preset).liif
     assert (liif.local_ensemble, liif.cell_decode) == (False, False)
+
+
+def test_the_groups_arrive_everywhere_in_the_first_stage():
+    preset = dataclasses.replace(presets.tiny(), groups=4)
+    for build in (presets.build_first_stage, presets.build_encoder, presets.build_decoder):
+        modules = build(preset).modules()
+        assert {m.num_groups for m in modules if isinstance(m, torch.nn.GroupNorm)} == {4}
 
 
 def test_the_ordinary_decoder_fits_the_encoder():

@@ -131,6 +131,16 @@ def test_first_stage_is_both():
         assert not same({k: v for k, v in before.items() if k.startswith(part)}, after)
 
 
+def test_encoder_decoder_and_liif_can_be_trained_together():
+    model = build()
+    before = state(model.first_stage)
+    losses = train_first_stage(model, SOURCE, autoencoder_steps=0, decoder_steps=3)
+    assert len(losses) == 3
+    after = state(model.first_stage)
+    for part in ("encoder", "decoder", "liif"):
+        assert not same({k: v for k, v in before.items() if k.startswith(part)}, after), part
+
+
 @pytest.mark.parametrize("low_size", [None, 4])
 def test_diffusion_learns_and_the_first_stage_is_frozen(low_size):
     model = build(low_size)
