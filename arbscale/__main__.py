@@ -136,7 +136,10 @@ def train(args: argparse.Namespace) -> None:
             "minutes": round((time.perf_counter() - started) / 60 + before.get("minutes", 0), 1),
             "machine": f"{model.device.type}, {threads} threads, {platform.machine()}",
             "torch": torch.__version__,
-            "losses": {**model.manifest.get("losses", {}), stage: sum(recent) / max(1, len(recent))},
+            "losses": {
+                **model.manifest.get("losses", {}),
+                stage: sum(recent) / max(1, len(recent)),
+            },
         }
         model.save(args.output, half=True)
         print(f"{stage}: {args.output}, {model.manifest['minutes']} minutes")

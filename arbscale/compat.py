@@ -93,10 +93,15 @@ def unet_from_reference(config: dict, state: State) -> UNet:
     checkpoint's (keys under `model.diffusion_model.`). Raises ValueError on what does not fit.
     """
     u = config["unet"]
-    for option in ("use_spatial_transformer", "use_scale_shift_norm", "resblock_updown"):
+    for option in (
+        "use_spatial_transformer",
+        "use_scale_shift_norm",
+        "resblock_updown",
+        "use_new_attention_order",
+    ):
         if u.get(option):
             raise ValueError(f"{option} is not supported; this reader takes plain attention U-Nets")
-    if "num_head_channels" not in u:
+    if u.get("num_head_channels", -1) < 1:
         raise ValueError("the U-Net's config must give num_head_channels, the width of a head")
     multipliers = tuple(u["channel_mult"])
     unet = UNet(

@@ -8,6 +8,8 @@ Sizes are `(height, width)`; a window is `(top, left, height, width)` in pixels 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -21,8 +23,11 @@ def check_size(size: int | Size) -> Size:
 
     Raises ValueError unless both are positive integers.
     """
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+    try:
+        pair = tuple(index(n) for n in (size if isinstance(size, Sequence) else (size, size)))
+    except TypeError:
+        pair = ()
+    if len(pair) != 2 or min(pair) < 1:
         raise ValueError(
             f"a size is a positive integer or (height, width) of such, got {size!r}; "
             "for example 256 or (75, 100)"

@@ -16,7 +16,7 @@ from arbscale.coords import Size, Window, check_size, scaled_size
 from arbscale.diffusion import Denoiser
 from arbscale.presets import Preset
 from arbscale.samplers import get_sampler, spaced_timesteps
-from arbscale.tiles import noise_field, paste, tiles
+from arbscale.tiles import Tile, noise_field, paste, tiles
 
 Progress = Callable[[int, int], None]
 """`progress(done, total)` after each denoising step of the whole job."""
@@ -71,9 +71,9 @@ class ArbitraryScaleModel(nn.Module):
     ) -> Tensor:
         """Draw pictures from noise and render them at any size.
 
-        The same seed gives the same pictures at every size of one aspect ratio, and picture i does
-        not depend on `n`. For another ratio the latent grid takes that ratio at about the area
-        that the model was trained at.
+        The same seed gives the same pictures at every size of one aspect ratio, and with a
+        deterministic sampler picture i does not depend on `n`. For another ratio the latent grid
+        takes that ratio at about the area that the model was trained at.
 
         Parameters
         ----------
@@ -165,47 +165,55 @@ class ArbitraryScaleModel(nn.Module):
         if not self.preset.low_size:
             raise RuntimeError(f"{self.preset.name} is a generator; load a super-resolution model")
         if isinstance(image, Tensor) and image.ndim == 4:
-            options = (scale, size, seed, steps, sampler, tile, progress)
-            return torch.stack([self.upscale(one, *options) for one in image])
+            options = (scale, size, seed, steps, sampler, tile)
+            inner = [
+                progress and (lambda k, n, i=i: progress(i * n + k, len(image) * n))
+                for i in range(len(image))
+            ]
+            pairs = zip(image, inner, strict=True)
+            return torch.stack([self.upscale(one, *options, report) for one, report in pairs])
         low = to_tensor(image)  # (3, h, w)
         if (scale is None) == (size is None):
             raise ValueError("give either scale, such as 3.7, or size, such as (480, 640)")
-        size = check_size(size) if size else scaled_size(low.shape[-2:], scale)
+        size = scaled_size(low.shape[-2:], scale) if size is None else check_size(size)
         keep_float = isinstance(image, Tensor) and image.is_floating_point()
         out = torch.empty(3, *size, dtype=torch.float32 if keep_float else torch.uint8)
         tile = tile or 2 * self.preset.low_size
         spans = list(tiles(low.shape[-2:], tile, overlap=tile // 4))
         for i, span in enumerate(spans):
             inner = progress and (lambda k, n, i=i: progress(i * n + k, len(spans) * n))
-            window, rgb = self._upscale_tile(low, size, span, seed, steps, sampler, inner)
-            paste(out, rgb, window, span)
+            window, coords, cells = span.points(low.shape[-2:], size)
+            if window[2] and window[3]:
+                crop = low[:, span.top : span.bottom, span.left : span.right]
+                rgb = self._upscale_tile(crop, span, coords, cells, seed, steps, sampler, inner)
+                rgb = back_project(rgb.reshape(3, *window[2:]), crop)
+                paste(out, rgb.clamp(-1, 1), window, coords, span)
         return _like(out, image)
 
     def _upscale_tile(
         self,
-        low: Tensor,
-        size: Size,
-        span: Any,
+        crop: Tensor,
+        span: Tile,
+        coords: Tensor,
+        cells: Tensor,
         seed: int,
         steps: int,
         sampler: str,
         progress: Progress | None,
-    ) -> tuple[Window, Tensor]:
-        """Denoise one tile of the input; return where it lies in the output and its pixels."""
-        crop = low[:, span.top : span.bottom, span.left : span.right].to(self.device)
-        condition = self.condition(crop[None])  # (1, c, h, w), scaled
+    ) -> Tensor:
+        """Denoise one tile of the input and paint it at its output pixels: (3, N)."""
+        condition = self.condition(crop[None].to(self.device))  # (1, c, h, w), scaled
         grid = tuple(condition.shape[-2:])
         zoom = grid[0] / crop.shape[-2]  # latent pixels an input pixel
         corner = round(span.top * zoom), round(span.left * zoom)
         noise = noise_field(seed, self.preset.latent_channels, corner, grid)[None]
         generator = torch.Generator().manual_seed(seed)
         z = self._denoise(noise, condition, steps, sampler, generator, progress)
-        window, coords, cells = span.points(low.shape[-2:], size)
         features = self.first_stage.features(z)
         rgb = self.first_stage.liif.query(
             features, coords[None].to(features), cells[None].to(features)
         )
-        return window, rgb[0].mT.reshape(3, *window[2:]).clamp(-1, 1).cpu()
+        return rgb[0].mT.cpu()
 
     def condition(self, low: Tensor) -> Tensor:
         """Turn low-resolution images (B, 3, h, w) in [-1, 1] into scaled latents (B, c, h', w').
@@ -275,6 +283,21 @@ class ArbitraryScaleModel(nn.Module):
                 f"them again ({str(error).splitlines()[-1].strip()})"
             ) from None
         return model.eval()
+
+
+def back_project(rgb: Tensor, low: Tensor, rounds: int = 2) -> Tensor:
+    """Correct a picture (3, H, W) so that, reduced, it agrees with its input (3, h, w).
+
+    The difference that an antialiased bicubic reduction leaves is enlarged and added. A picture
+    smaller than its input is returned as it is. Source: Irani and Peleg 1991.
+    """
+    if rgb.shape[-2] < low.shape[-2] or rgb.shape[-1] < low.shape[-1]:
+        return rgb
+    bicubic = {"mode": "bicubic", "antialias": True}
+    for _ in range(rounds):
+        error = low[None] - F.interpolate(rgb[None], low.shape[-2:], **bicubic)
+        rgb = rgb + F.interpolate(error, rgb.shape[-2:], **bicubic)[0]
+    return rgb
 
 
 def _like(out: Tensor, image: Any) -> Any:

@@ -107,17 +107,19 @@ def _noise_block(seed: int, channels: int, row: int, col: int) -> Tensor:
     return torch.randn(channels, NOISE_BLOCK, NOISE_BLOCK, generator=generator)
 
 
-def paste(out: Tensor, rgb: Tensor, window: Window, tile: Tile) -> None:
+def paste(out: Tensor, rgb: Tensor, window: Window, coords: Tensor, tile: Tile) -> None:
     """Lay a tile's pixels (3, h, w) in [-1, 1] over `out` (3, H, W), in place.
 
-    `out` is float32 in [-1, 1] or uint8. Across the overlap with the tiles above and to the left
-    the new pixels fade in linearly.
+    `out` is float32 in [-1, 1] or uint8; `window` and `coords` come from `tile.points`. Across the
+    overlap with the tiles above and to the left the new pixels fade in linearly; where those tiles
+    have no pixel, the new ones are laid as they are.
     """
     top, left, height, width = window
     if not height or not width:
         return
-    fade_in_y = _ramp(height, tile.over_top / (tile.bottom - tile.top))
-    fade_in_x = _ramp(width, tile.over_left / (tile.right - tile.left))
+    y, x = coords.view(height, width, 2)[:, 0, 0], coords.view(height, width, 2)[0, :, 1]
+    fade_in_y = _ramp(y, tile.over_top / (tile.bottom - tile.top))
+    fade_in_x = _ramp(x, tile.over_left / (tile.right - tile.left))
     alpha = fade_in_y[:, None] * fade_in_x  # (h, w)
     target = out[:, top : top + height, left : left + width]
     as_bytes = out.dtype == torch.uint8
@@ -126,7 +128,8 @@ def paste(out: Tensor, rgb: Tensor, window: Window, tile: Tile) -> None:
     target.copy_(new.round() if as_bytes else new)
 
 
-def _ramp(n: int, share: float) -> Tensor:
-    """Return weights (n,) that rise over the first `share` of the axis and are 1 after it."""
-    position = (torch.arange(n) + 0.5) / n
-    return (position / share).clamp(max=1) if share else torch.ones(n)
+def _ramp(coords: Tensor, share: float) -> Tensor:
+    """Return weights (n,) that rise over the first `share` of [-1, 1] and are 1 after it."""
+    position = (coords.double() + 1) / 2
+    weight = position / share if share else torch.ones_like(position)
+    return torch.where(position < share - 1e-6, weight, 1.0).float()

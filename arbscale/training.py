@@ -128,6 +128,7 @@ def train_autoencoder(
             z, penalty = posterior.sample(generator), 1e-6 * posterior.kl().mean()
         return F.l1_loss(decoder(z), image) + penalty
 
+    encoder.requires_grad_(True)
     parameters = [*encoder.parameters(), *decoder.parameters()]
     return _optimise(loss, parameters, preset.first_stage_lr, steps, seed, "autoencoder")
 
@@ -146,6 +147,7 @@ def train_decoder(
     pixels of each picture by L1. With `freeze_encoder=False` the encoder is trained along, as in
     the released code's default. Implements the first stage of Kim and Kim 2024.
     """
+    first_stage.requires_grad_(True)
     first_stage.encoder.requires_grad_(not freeze_encoder)
     device = next(first_stage.parameters()).device
     low, high = preset.target_sizes

@@ -88,7 +88,9 @@ def read_manifest(folder: str | Path) -> dict:
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] == 1 and manifest["preset"] and manifest["files"]:
+        complete = all({"name", "sha256", "bytes"} <= set(entry) for entry in manifest["files"])
+        known = manifest["format"] == 1 and manifest["preset"] and manifest["files"]
+        if known and complete and float(manifest["scale_factor"]) > 0:
             return manifest
     except (ValueError, KeyError, TypeError):
         pass
