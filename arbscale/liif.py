@@ -154,7 +154,7 @@ class LIIF(nn.Module):
             for j, (col, dx) in enumerate(cols):
                 index = row * latent_size[1] + col  # (N,)
                 offset = torch.stack([dy, dx], dim=-1).to(table)  # (N, 2)
-                hidden = torch.addmm(table[index], offset, to_offset)  # (N, hidden)
+                hidden = torch.addmm(table.index_select(0, index), offset, to_offset)  # (N, hidden)
                 for layer in self.layers[1:]:
                     hidden = layer(hidden.relu_())
                 opposite = (rows[i - 1][1] * cols[j - 1][1]).abs() + 1e-9  # (N,)

@@ -274,7 +274,12 @@ class ArbitraryScaleModel(nn.Module):
         """
         folder = weights.find(name_or_path)
         state, manifest = weights.load(folder)
-        model = cls(Preset.from_dict(manifest["preset"]), manifest["scale_factor"], manifest)
+        scale_factor = manifest.get("scale_factor")
+        if not isinstance(scale_factor, float) or not scale_factor > 0:
+            raise ValueError(
+                f"the manifest in {folder} has no positive scale_factor; fetch or save it again"
+            )
+        model = cls(Preset.from_dict(manifest["preset"]), scale_factor, manifest)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:

@@ -89,8 +89,7 @@ def read_manifest(folder: str | Path) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         complete = all({"name", "sha256", "bytes"} <= set(entry) for entry in manifest["files"])
-        known = manifest["format"] == 1 and manifest["preset"] and manifest["files"]
-        if known and complete and float(manifest["scale_factor"]) > 0:
+        if manifest["format"] == 1 and manifest["preset"] and manifest["files"] and complete:
             return manifest
     except (ValueError, KeyError, TypeError):
         pass

@@ -89,7 +89,7 @@ def test_a_tile_may_hold_no_pixel():
     for tile in tiles((60, 60), 4, 1):
         window, coords, _ = tile.points((60, 60), (3, 3))
         empty += len(coords) == 0
-        paste(torch.zeros(3, 3, 3), torch.zeros(3, *window[2:]), window, tile)
+        paste(torch.zeros(3, 3, 3), torch.zeros(3, *window[2:]), window, coords, tile)
     assert empty > 100
 
 
@@ -106,8 +106,8 @@ def test_constants_stay_constant(low, out_size, side, overlap):
     """Whatever `out` held before (here: not a number) is painted over, and weights sum to one."""
     out = torch.full((3, *out_size), float("nan"))
     for tile in tiles(low, side, overlap):
-        window, _, _ = tile.points(low, out_size)
-        paste(out, torch.full((3, *window[2:]), 0.3), window, tile)
+        window, coords, _ = tile.points(low, out_size)
+        paste(out, torch.full((3, *window[2:]), 0.3), window, coords, tile)
     torch.testing.assert_close(out, torch.full_like(out, 0.3))
 
 
@@ -115,18 +115,21 @@ def test_bytes():
     out = torch.zeros(3, 50, 50, dtype=torch.uint8)
     for tile in tiles((20, 20), 8, 2):
         window, coords, _ = tile.points((20, 20), (50, 50))
-        paste(out, torch.full((3, *window[2:]), 0.5), window, tile)
+        paste(out, torch.full((3, *window[2:]), 0.5), window, coords, tile)
     assert out.unique().tolist() == [191]  # (0.5 + 1) * 127.5 = 191.25
     for value, byte in ((-1.0, 0), (1.0, 255)):
-        paste(out, torch.full((3, 50, 50), value), (0, 0, 50, 50), Tile(0, 0, 20, 20, 0, 0))
+        whole = Tile(0, 0, 20, 20, 0, 0)
+        window, coords, _ = whole.points((20, 20), (50, 50))
+        paste(out, torch.full((3, 50, 50), value), window, coords, whole)
         assert out.unique().tolist() == [byte]
 
 
 def test_the_overlap_fades_in():
     out = torch.zeros(3, 4, 12)
     first, second = tiles((4, 12), 8, 4)
-    paste(out, torch.zeros(3, 4, 8), first.points((4, 12), (4, 12))[0], first)
-    paste(out, torch.ones(3, 4, 8), second.points((4, 12), (4, 12))[0], second)
+    for tile, value in ((first, 0.0), (second, 1.0)):
+        window, coords, _ = tile.points((4, 12), (4, 12))
+        paste(out, torch.full((3, 4, 8), value), window, coords, tile)
     row = out[0, 0]
     assert row[:4].tolist() == [0] * 4 and row[8:].tolist() == [1] * 4
     assert row[4:8].tolist() == pytest.approx([0.125, 0.375, 0.625, 0.875])
