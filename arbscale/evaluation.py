@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from arbscale import metrics
 from arbscale.coords import scaled_size
 from arbscale.images import low_high_pair, resize, to_uint8
-from arbscale.model import ArbitraryScaleModel
+from arbscale.model import ArbitraryScaleModel, back_project
 from arbscale.scenes import render_scenes, sample_scenes
 
 Rows = dict[str, Tensor]
@@ -32,31 +32,36 @@ def scene_rows(model: ArbitraryScaleModel, index: int, scale: float) -> Rows:
     """
     side = model.preset.image_size
     scenes = sample_scenes(1, seed=0, first=(1 << 29) + index)
-    features = model.first_stage.features(model.first_stage.encode(render_scenes(scenes, side)))
+    z = model.first_stage.encode(render_scenes(scenes, side).to(model.device))
+    features = model.first_stage.features(z)
     size = scaled_size((side, side), scale)
-    own = model.first_stage.render(features, side)
+    own, ours = (model.first_stage.render(features, s).clamp(-1, 1).cpu() for s in (side, size))
     return {
         "truth": render_scenes(scenes, size),
-        "bicubic of own training-size output": resize(eight_bits(own.clamp(-1, 1)), size),
-        "ours (first stage)": model.first_stage.render(features, size).clamp(-1, 1),
+        "bicubic of own training-size output": resize(eight_bits(own), size),
+        "ours (first stage)": ours,
     }
 
 
 def photo_rows(model: ArbitraryScaleModel, image: Tensor, scale: float, seed: int) -> Rows:
     """Reduce a photograph (3, H, W) by `scale` with antialiased bicubic, then enlarge it again.
 
-    The ceiling encodes the photograph itself instead of sampling its latent.
+    The ceiling encodes the photograph itself instead of sampling its latent. It is back-projected
+    as `upscale` does; so is a bicubic baseline, to show what that step alone gives.
     """
     low, high = low_high_pair(image, scale)
     low = eight_bits(low)
     factor = model.preset.image_size // model.preset.low_size
-    z = model.first_stage.encode(resize(high, (low.shape[1] * factor, low.shape[2] * factor))[None])
+    given = resize(high, (low.shape[1] * factor, low.shape[2] * factor))[None]
     size = tuple(high.shape[-2:])
+    ceiling = model.decode(model.first_stage.encode(given.to(model.device)), size)[0].cpu()
+    bicubic = resize(low, size)
     return {
         "truth": high[None],
-        "bicubic": resize(low, size)[None],
+        "bicubic": bicubic[None],
+        "bicubic, back-projected": back_project(bicubic, low).clamp(-1, 1)[None],
         "ours": model.upscale(low, size=size, seed=seed)[None],
-        "first stage (ceiling)": model.decode(z, size),
+        "first stage, back-projected (ceiling)": back_project(ceiling, low).clamp(-1, 1)[None],
     }
 
 
@@ -74,15 +79,6 @@ def score(rows: Rows, space: str, border: int, with_lpips: bool) -> dict[str, di
         for method, picture in rows.items()
         if method != "truth"
     }
-
-
-def lpips_is_there() -> bool:
-    """Tell whether LPIPS' backbone can be found on this machine."""
-    try:
-        metrics._alexnet_weights()
-    except FileNotFoundError:
-        return False
-    return True
 
 
 @torch.no_grad()
@@ -114,7 +110,7 @@ def evaluate(
         The protocol, and under `results` a mean for each scale, method and metric.
 
     """
-    with_lpips = lpips_is_there()
+    with_lpips = metrics.lpips_is_there()
     reduced = "exact rendering" if images is None else "antialiased bicubic, 8 bits"
     results: dict[str, dict] = {}
     for scale in scales:

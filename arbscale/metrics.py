@@ -80,7 +80,6 @@ def ssim(a: Tensor, b: Tensor, space: str = "rgb", border: int = 0) -> float:
     return float(sum(values) / len(values))
 
 
-@torch.no_grad()
 def lpips(a: Tensor, b: Tensor) -> float:
     """Learned perceptual distance, v0.1 over AlexNet, at least 0, which identical images have.
 
@@ -108,6 +107,14 @@ def lpips(a: Tensor, b: Tensor) -> float:
     with torch.no_grad():
         pairs = zip(a.clamp(-1, 1).float(), b.clamp(-1, 1).float(), strict=True)
         return sum(network(x[None], y[None]).item() for x, y in pairs) / len(a)
+
+
+def lpips_is_there() -> bool:
+    """Tell whether the weights that `lpips` needs are found on this machine."""
+    try:
+        return _alexnet_weights().is_file()
+    except FileNotFoundError:
+        return False
 
 
 @functools.lru_cache(maxsize=1)
@@ -140,6 +147,7 @@ def _alexnet_weights() -> Path:
     )
 
 
+@torch.no_grad()
 def self_ssim(images: dict[int | Size, Tensor], variant: str = "clean") -> Tensor:
     """Consistency over sizes: how similar the same latents' pictures at sizes a and b are.
 

@@ -133,7 +133,12 @@ def test_evaluate_writes_json_with_its_protocol(run, tmp_path):
     Image.fromarray(gradient(40, 44)).convert("RGB").save(tmp_path / "in.png")
     assert run("evaluate", "photos-tiny", "--data", tmp_path, "--split", "all", *words)[0] == 0
     report = json.loads((tmp_path / "results/a.json").read_text())
-    assert set(report["results"]["2"]) == {"bicubic", "ours", "first stage (ceiling)"}
+    assert set(report["results"]["2"]) == {
+        "bicubic",
+        "bicubic, back-projected",
+        "ours",
+        "first stage, back-projected (ceiling)",
+    }
     assert report["results"]["2"]["bicubic"]["psnr"] > 20
 
 
