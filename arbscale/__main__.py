@@ -231,8 +231,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--seed", type=int, default=0, help="decides everything; default 0")
         return sub
 
-    def sampling(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--steps", type=_count, default=20, help="denoising steps; default 20")
+    def sampling(sub: argparse.ArgumentParser, steps: int) -> None:
+        text = "denoising steps; default %(default)s"
+        sub.add_argument("--steps", type=_count, default=steps, help=text)
         sub.add_argument("--sampler", default="dpm_solver_pp", help="or ddim, or ddpm")
         sub.add_argument("-o", "--output", type=Path, required=True, help="a picture file")
 
@@ -243,7 +244,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", nargs="?", default="scenes", help="name or folder; default scenes")
     sub.add_argument("-n", "--number", type=_count, default=1, help="of pictures; default 1")
     sub.add_argument("--size", type=_size, default=(256, 256), help="256 or 75x100")
-    sampling(sub)
+    sampling(sub, 20)
 
     sub = command(upscale)
     sub.add_argument("image", type=Path, help="a picture file")
@@ -251,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
     wanted = sub.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--scale", type=_scale, help="a positive number such as 3.7")
     wanted.add_argument("--size", type=_size, help="1080 or 1080x1920 (height x width)")
-    sampling(sub)
+    sampling(sub, 10)
 
     sub = command(evaluate)
     sub.add_argument("model", help="name or folder")

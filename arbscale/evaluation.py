@@ -14,6 +14,7 @@ from arbscale.coords import scaled_size
 from arbscale.images import low_high_pair, resize, to_uint8
 from arbscale.model import ArbitraryScaleModel, back_project
 from arbscale.scenes import render_scenes, sample_scenes
+from arbscale.tiles import Tile
 
 Rows = dict[str, Tensor]
 """Pictures by method, all of one size (1, 3, H, W); "truth" is the reference."""
@@ -46,22 +47,29 @@ def scene_rows(model: ArbitraryScaleModel, index: int, scale: float) -> Rows:
 def photo_rows(model: ArbitraryScaleModel, image: Tensor, scale: float, seed: int) -> Rows:
     """Reduce a photograph (3, H, W) by `scale` with antialiased bicubic, then enlarge it again.
 
-    The ceiling encodes the photograph itself instead of sampling its latent. It is back-projected
-    as `upscale` does; so is a bicubic baseline, to show what that step alone gives.
+    The ceiling encodes the photograph itself instead of sampling its latent, tile by tile. It and
+    ours are back-projected; so is one bicubic baseline, to show what that step alone gives.
     """
     low, high = low_high_pair(image, scale)
     low = eight_bits(low)
     factor = model.preset.image_size // model.preset.low_size
     given = resize(high, (low.shape[1] * factor, low.shape[2] * factor))[None]
     size = tuple(high.shape[-2:])
-    ceiling = model.decode(model.first_stage.encode(given.to(model.device)), size)[0].cpu()
+
+    def latent(_: Tensor, span: Tile, __: object) -> Tensor:
+        rows, columns = (
+            slice(a * factor, b * factor)
+            for a, b in ((span.top, span.bottom), (span.left, span.right))
+        )
+        return model.first_stage.encode(given[..., rows, columns].to(model.device))
+
     bicubic = resize(low, size)
     return {
         "truth": high[None],
         "bicubic": bicubic[None],
         "bicubic, back-projected": back_project(bicubic, low).clamp(-1, 1)[None],
         "ours": model.upscale(low, size=size, seed=seed)[None],
-        "first stage, back-projected (ceiling)": back_project(ceiling, low).clamp(-1, 1)[None],
+        "first stage (ceiling)": model.paint(low, size, latent)[None],
     }
 
 
@@ -135,7 +143,7 @@ def evaluate(
             "low resolution": reduced,
             "psnr and ssim": "RGB, no border, whole images, 8 bits, mean of per-image values",
             "lpips": "v0.1, AlexNet" if with_lpips else None,
-            "sampler": None if images is None else "dpm_solver_pp, 20 steps",
+            "sampler": None if images is None else "dpm_solver_pp, 10 steps",
             "seed": seed,
         },
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -137,7 +137,7 @@ def test_evaluate_writes_json_with_its_protocol(run, tmp_path):
         "bicubic",
         "bicubic, back-projected",
         "ours",
-        "first stage, back-projected (ceiling)",
+        "first stage (ceiling)",
     }
     assert report["results"]["2"]["bicubic"]["psnr"] > 20
 
