@@ -97,12 +97,11 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Time LIIF.render beside the usual form on this machine's CPU."""
-    rows = benchmark.compare(args.repeats)
-    print(f"256 x 256 from 64 x 64 x 128, 4 x 256 hidden; {torch.get_num_threads()} threads")
-    for name, median, spread in rows:
-        print(f"{name:56} {1000 * median:7.0f} ms (spread {1000 * spread:.0f} ms)")
-    print(f"{rows[0][1] / rows[1][1]:.2f} times faster")
+    """Time a model per size, end to end and for decoding alone, beside the usual forms."""
+    model = ArbitraryScaleModel.load(args.model).to(pick_device())
+    seconds = 0.0 if args.quick else args.seconds
+    report = benchmark.measure(model, args.sizes, args.batch, args.steps, seconds)
+    _report(report, args.output)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -264,7 +263,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", type=Path, help="a JSON file")
 
     sub = command(bench)
-    sub.add_argument("--repeats", type=_count, default=5)
+    sub.add_argument("model", nargs="?", default="scenes", help="name or folder; default scenes")
+    sub.add_argument("--sizes", type=_size, nargs="+", default=[(64, 64), (128, 128), (256, 256)])
+    sub.add_argument("--batch", type=_count, default=1, help="pictures a call; default 1")
+    sub.add_argument("--steps", type=_count, default=20, help="denoising steps; default 20")
+    sub.add_argument("--seconds", type=float, default=2.0, help="a row's time; default 2")
+    sub.add_argument("--quick", action="store_true", help="time each row once")
+    sub.add_argument("-o", "--output", type=Path, help="a JSON file")
 
     sub = command(train)
     sub.add_argument("preset", help=", ".join(presets.PRESETS))
