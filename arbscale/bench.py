@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from arbscale.coords import Size, cell, check_size, grid
 from arbscale.liif import LIIF
 from arbscale.model import ArbitraryScaleModel
+from arbscale.reports import header
 
 AGREEMENT = 1e-4  # largest difference of the two decoders' pictures
 
@@ -89,25 +89,14 @@ def measure(
         for name, task in tasks.items():
             speed = images_per_second(task, batch, seconds, model.device)
             rows.append({"size": list(size), "task": name, **asdict(speed)})
-    return {
-        "task": "bench",
-        "model": model.manifest.get("name", model.preset.name),
-        "weights": [entry["sha256"] for entry in model.manifest.get("files", [])],
-        "protocol": {
-            "batch": batch,
-            "steps": steps,
-            "seconds a row": seconds,
-            "warm-up": "the first call of each row",
-            "precision": "float32",
-        },
-        "machine": {
-            "device": model.device.type,
-            "threads": torch.get_num_threads(),
-            "processor": platform.machine(),
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "results": rows,
+    protocol = {
+        "batch": batch,
+        "steps": steps,
+        "seconds a row": seconds,
+        "warm-up": "the first call of each row",
+        "precision": "float32",
     }
+    return {**header(model, "bench", protocol), "results": rows}
 
 
 def _whole(

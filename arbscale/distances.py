@@ -135,16 +135,16 @@ def precision_recall(
 
 
 def interval(
-    measure: Callable[[Tensor, Tensor], float],
+    measure: Callable[[Tensor, Tensor], tuple[float, ...]],
     generated: Tensor,
     real: Tensor,
     repeats: int = 10,
     seed: int = 0,
-) -> float:
-    """Half-width of the 95 % interval of `measure(generated, real)`, from repeated random halves.
+) -> tuple[float, ...]:
+    """Half-width of the 95 % interval of each number that `measure(generated, real)` gives.
 
-    Half of each set is drawn without replacement, `repeats` times. The spread of the measure over
-    the halves estimates its standard error over the whole sets (the delete-half jackknife, Shao and
+    Half of each set is drawn without replacement, `repeats` times. The spread of a number over the
+    halves estimates its standard error over the whole sets (the delete-half jackknife, Shao and
     Wu 1989); twice that is returned. The halves' own mean is biased and not used.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -153,7 +153,7 @@ def interval(
         return x[torch.randperm(len(x), generator=generator)[: len(x) // 2]]
 
     values = [measure(half(generated), half(real)) for _ in range(repeats)]
-    return 2 * torch.tensor(values, dtype=torch.float64).std().item()
+    return tuple((2 * torch.tensor(values, dtype=torch.float64).std(dim=0)).tolist())
 
 
 def fid(

@@ -74,7 +74,7 @@ def extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
 
 
 def _encoder(device: torch.device) -> Extractor:
-    """Middle activations, averaged over the four quarters of a picture of 128 px."""
+    """Average what the last convolution sees over the four quarters of a picture of 128 px."""
     from arbscale.model import ArbitraryScaleModel
 
     model = ArbitraryScaleModel.load(ENCODER)
@@ -82,7 +82,7 @@ def _encoder(device: torch.device) -> Extractor:
 
     def network(levels: Tensor) -> Tensor:
         found: list[Tensor] = []
-        handle = encoder.middle.register_forward_hook(lambda *hook: found.append(hook[2]))
+        handle = encoder.conv.register_forward_pre_hook(lambda _, inputs: found.append(*inputs))
         try:
             encoder(resize(levels.float() / 127.5 - 1, 128))
         finally:
@@ -90,12 +90,15 @@ def _encoder(device: torch.device) -> Extractor:
         return F.adaptive_avg_pool2d(found[0], 2).flatten(1)  # (B, C, 2, 2) -> (B, 4 C)
 
     width = 4 * encoder.norm.num_channels
-    label = f"{ENCODER}'s encoder at 128 px, middle block, means of quarters, {width} numbers"
+    label = (
+        f"{ENCODER}'s encoder at 128 px, normalised middle activations, means over the quarters, "
+        f"{width} numbers"
+    )
     return Extractor("encoder", label, width, _digest(model.manifest["files"]), network, device)
 
 
 def _alexnet(device: torch.device) -> Extractor:
-    """Activations after the last convolution, averaged over a picture of 224 px."""
+    """Average the activations after the last convolution over a picture of 224 px."""
     import torchvision
 
     state = backbone_state("alexnet")
@@ -115,7 +118,7 @@ def _alexnet(device: torch.device) -> Extractor:
 
 
 def _fidelity(name: str, registered: str, layer: str, device: torch.device) -> Extractor:
-    """One of torch-fidelity's registered extractors, with one of its layers."""
+    """Take one layer of an extractor that torch-fidelity has registered."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     from torch_fidelity.utils import create_feature_extractor
     from torchvision.models import VGG16_Weights

@@ -55,7 +55,7 @@ def test_encoder_features_are_means_over_quarters():
     h = encoder.stem(((images + 1) * 127.5).round() / 127.5 - 1)
     for level, down in zip(encoder.levels, [*encoder.downs, torch.nn.Identity()], strict=True):
         h = down(level(h))
-    h = encoder.middle(h)
+    h = F.silu(encoder.norm(encoder.middle(h)))
     half = h.shape[-1] // 2
     quarters = [h[..., :half, :half], h[..., :half, half:], h[..., half:, :half]]
     quarters = torch.stack([q.mean((2, 3)) for q in [*quarters, h[..., half:, half:]]], dim=2)
