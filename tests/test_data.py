@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from arbscale import data
+from arbscale import data, folders
 
 
 def photo(height=40, width=60, seed=0):
@@ -234,7 +234,7 @@ def test_folder_is_sorted_and_cached(folder, monkeypatch):
     assert names == [f"{i:02d}.png" for i in range(10)] + ["sub/10.png", "sub/11.png"]
     first = images[0]
     assert torch.equal(first, data.load_image(folder / "00.png"))
-    monkeypatch.setattr(data, "load_image", lambda path: pytest.fail("decoded twice"))
+    monkeypatch.setattr(folders, "load_image", lambda path: pytest.fail("decoded twice"))
     first.zero_()  # what a user does to a picture does not reach the cache
     assert not torch.equal(images[0], first)
     with pytest.raises(IndexError):
@@ -242,7 +242,7 @@ def test_folder_is_sorted_and_cached(folder, monkeypatch):
 
 
 def test_cache_is_bounded(folder, monkeypatch):
-    monkeypatch.setattr(data, "CACHE_BYTES", 5000)
+    monkeypatch.setattr(folders, "CACHE_BYTES", 5000)
     images = data.ImageFolder(folder)
     assert all(torch.equal(images[i], images[i]) for i in range(12))
     assert 0 < images._cached_bytes <= 5000
