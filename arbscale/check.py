@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,9 @@ def check_file(root: Path, name: str) -> FileReport:
     """Decode one picture and report what becomes of it."""
     try:
         with open_image(root / name) as image:
-            conversions = _conversions(image, root / name)
+            deep = ";16" in str(image.tile)  # PIL hides it once the pixels are there
             height, width = decode(image).shape[1:]
+            conversions = _conversions(image, root / name, deep)
         return FileReport(name, (height, width), conversions)
     except FileNotFoundError:
         return FileReport(name, problem="no longer there")
@@ -104,32 +105,30 @@ def splits(root: Path) -> str:
     return "\n".join(lines)
 
 
-def _conversions(image: Any, path: Path) -> tuple[str, ...]:
-    """Return what `decode` will do to an opened picture."""
+def _conversions(image: Any, path: Path, deep: bool) -> tuple[str, ...]:
+    """Return what `decode` has done to an opened picture."""
     from PIL import Image
 
-    found = []
     wanted = Image.registered_extensions().get(path.suffix.lower())
-    if image.format != wanted and not (image.format == "MPO" and wanted == "JPEG"):
-        found.append(f"{image.format} by its content")
-    if getattr(image, "is_animated", False):
-        found.append("several frames or pages, the first is taken")
-    if ";16" in str(image.tile):
-        found.append("16 bits, to 8")
-    if image.mode in _MODES:
-        found.append(_MODES[image.mode])
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        found.append("transparency, laid on white")
-    if _orientation(image) != 1:
-        found.append("turned upright as EXIF says")
-    return tuple(found)
+    by_content = image.format not in (wanted, "MPO" if wanted == "JPEG" else wanted)
+    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    found = {
+        f"{image.format} by its content": by_content,
+        "several frames or pages, the first is taken": _quiet(lambda: image.is_animated),
+        "16 bits, to 8": deep,
+        _MODES.get(image.mode, ""): image.mode in _MODES,
+        "transparency, laid on white": transparent,
+        "turned upright as EXIF says": _quiet(lambda: image.getexif().get(0x0112, 1) != 1),
+    }
+    return tuple(text for text, is_so in found.items() if is_so)
 
 
-def _orientation(image: Any) -> int:
+def _quiet(question: Callable[[], bool]) -> bool:
+    """Return the answer, or False where damage beside good pixels prevents one."""
     try:
-        return image.getexif().get(0x0112, 1)
-    except Exception:  # as `decode` does
-        return 1
+        return question()
+    except Exception:
+        return False
 
 
 def _grouped(title: str, pairs: Sequence[tuple[str, str]]) -> list[str]:

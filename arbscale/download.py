@@ -8,6 +8,7 @@ UVCGANv2 for AFHQ).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -213,7 +214,8 @@ def _start(response: HTTPResponse, part: Path, size: int) -> int:
     announced = response.headers.get("Content-Range", "")
     right_place = announced.startswith(f"bytes {_length(part)}-")
     right_size = announced.rpartition("/")[2] in (str(size), "*")
-    if right_place and right_size and _validator(response) in ("", _known(part)):
+    same_file = not _known(part) or _validator(response) in ("", _known(part))
+    if right_place and right_size and same_file:
         return _length(part)
     part.unlink()
     raise _Interrupted(f"the server sent the range {announced!r}, or of another file")
@@ -282,9 +284,9 @@ def unpack(archive: Path, target: Path, members: Mapping[str, str], pictures: in
                 with file.open(plan[name]) as source, open(path, "xb") as copy:
                     shutil.copyfileobj(source, copy, _CHUNK)
         os.replace(partial, target)
-    except OSError:  # a full disk, no permission
-        raise
     except Exception as error:  # zipfile, zlib and others meet damage in many ways
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # a full disk, no permission; but not a seek to where no file reaches
         raise ValueError(f"{archive} is not unpacked: {error}; delete it and run again") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
