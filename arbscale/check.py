@@ -23,6 +23,7 @@ _MODES = {
     "P": "palette, to RGB",
     "PA": "palette, to RGB",
     "CMYK": "CMYK, to RGB without its colour profile",
+    "YCbCr": "YCbCr, to RGB",
 }
 
 
@@ -74,7 +75,9 @@ def check_folder(root: str | Path) -> FolderReport:
     """Decode every picture below a folder and report what `ImageFolder` makes of it."""
     root = Path(root)
     names, passed_over = scan_folder(root)
-    files = [check_file(root, name) for name in tqdm(names, desc="checking", unit="file")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, which name no file
+        files = [check_file(root, name) for name in tqdm(names, desc="checking", unit="file")]
     return FolderReport(root, files, passed_over)
 
 

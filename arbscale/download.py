@@ -254,9 +254,11 @@ def _length(path: Path) -> int:
 def _verify(path: Path, size: int, sha256: str) -> None:
     """Raise ValueError unless a file has that length and that SHA-256."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc="checking", leave=False)
+    with bar, open(path, "rb") as file:
         while data := file.read(_CHUNK):
             digest.update(data)
+            bar.update(len(data))
     if _length(path) != size or digest.hexdigest() != sha256:
         raise ValueError(
             f"{path} has {_length(path)} bytes and SHA-256 {digest.hexdigest()}; wanted {size} and "

@@ -6,17 +6,17 @@
 | greyscale, palette, CMYK, YCbCr | converted to RGB; colour profiles are not applied |
 | 16 bits (grey, RGB) | converted to 8 bits |
 | transparency | laid on white |
-| EXIF orientation | turned upright; a damaged tag is passed over |
+| EXIF orientation | turned upright; a damaged tag is ignored |
 | animated, several pages | the first frame |
-| empty, no picture, damaged header, floats or 32 bits | skipped with a counted warning |
-| over `images.MAX_PIXELS` (a decompression bomb) | skipped so, before it is decoded |
-| no permission to read | skipped so |
-| truncated or damaged pixels, deleted after listing | noticed when read: ValueError or |
-| | FileNotFoundError, or (`substitute`) the next picture instead, with a counted warning |
-| named in a split list and not there | FileNotFoundError when the list is opened |
-| hidden, a folder named like a picture, a broken or circular link | passed over |
-| linked file | used; a linked folder is not entered, so no loop is endless |
 | a name in any script, or of bytes that are no text | used |
+| a linked file | used; a linked folder is not entered, so no loop is endless |
+| empty, no picture, damaged header, no permission | skipped with a counted warning |
+| over `images.MAX_PIXELS` (a decompression bomb) | skipped so, before it is decoded |
+| truncated, damaged pixels, floats, over 16 bits, | noticed when it is read: refused with |
+| deleted after listing | ValueError or FileNotFoundError, or, for training (`substitute`), |
+| | skipped with a counted warning: the next picture is taken instead |
+| named in a split list and not there | the list is refused with FileNotFoundError |
+| hidden, a folder named like a picture, a broken or circular link, a pipe | not looked at |
 
 `python -m arbscale check FOLDER` reads every file and prints what becomes of it.
 """
@@ -27,16 +27,19 @@ import hashlib
 import os
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from .images import load_image, open_image, reason, to_tensor, to_uint8
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SPLITS = ("train", "val", "test")
 CACHE_BYTES = 1 << 30  # decoded pictures that one ImageFolder keeps in memory
+_MANY = 10_000  # files whose headers take seconds: a bar is shown
 _SUBFOLDERS = {  # of a data set that comes split
     "train": ("train", "DIV2K_train_HR"),
     "val": ("val", "valid", "validation", "DIV2K_valid_HR"),
@@ -71,7 +74,8 @@ class ImageFolder(Dataset):
             names = split_list
         self.root, self.substitute = root, substitute
         self.skipped: dict[Path, str] = {}
-        self.paths = [path for path in (root / name for name in names) if self._is_usable(path)]
+        bar = tqdm(names, desc="opening", unit="file", disable=len(names) < _MANY)
+        self.paths = [path for path in (root / name for name in bar) if self._is_usable(path)]
         if self.skipped:
             self._warn("skipped when the folder was opened")
         if not self.paths:
@@ -89,7 +93,7 @@ class ImageFolder(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         """Return picture `index`, (3, H, W) in [-1, 1]."""
         first = range(len(self))[index]
-        for index in (*range(first, len(self)), *range(first)):
+        for index in chain(range(first, len(self)), range(first)):
             if self.paths[index] in self.skipped:
                 continue
             try:

@@ -5,7 +5,6 @@ A picture is a float32 tensor (3, H, W) in [-1, 1], RGB.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,15 +120,13 @@ def open_image(path: str | Path) -> Iterator[Any]:
     try:
         if not path.is_file():
             raise FileNotFoundError
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's, about what is read nevertheless
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(
-                        f"{image.height} x {image.width} is over {MAX_PIXELS // 10**6} million "
-                        "pixels; cut it into parts"
-                    )
-                yield image
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"{image.height} x {image.width} is over {MAX_PIXELS // 10**6} million "
+                    "pixels; cut it into parts"
+                )
+            yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no picture at {path}; check the path") from None
     except Exception as error:  # a decoder fed with a damaged file may raise anything

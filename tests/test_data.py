@@ -106,6 +106,7 @@ def test_exif_orientation_is_applied(tmp_path):
         torch.full((3, 4, 4), float("nan")),
         torch.zeros(3, 4, 4, dtype=torch.int64),
         Image.new("F", (4, 4)),
+        Image.new("RGB", (0, 4)),
         "picture.png",
         None,
     ],

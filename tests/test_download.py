@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -42,8 +43,8 @@ class Handler(BaseHTTPRequestHandler):
     """One answer; the script's words are its flaws.
 
     content, etag: what is served; ranges: False ignores Range; status: answer that; cut: close the
-    connection after that many bytes; length: announce that; shift: begin a range elsewhere;
-    chunked: announce nothing; condition: False ignores If-Range.
+    connection after that many bytes; reset: break it instead; length: announce that; shift: begin
+    a range elsewhere; chunked: announce nothing; condition: False ignores If-Range.
     """
 
     def log_message(self, *args):
@@ -72,6 +73,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body[: flaws.get("cut", len(body))])
         self.wfile.flush()
+        if flaws.get("reset"):
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            return self.connection.close()
         self.connection.shutdown(socket.SHUT_WR)
 
     def start(self, content, etag, flaws):
@@ -131,6 +136,11 @@ def test_dropped_connections_are_gone_on_with(fetch, server, tmp_path):
     ranges = [asked.get("Range") for asked in server.asked]
     assert ranges == [None, "bytes=100000-", *["bytes=150000-"] * 3]
     assert {asked.get("If-Range") for asked in server.asked[1:]} == {'"v1"'}
+
+
+def test_broken_connections_are_gone_on_with(fetch, server):
+    reset = {"reset": True, "cut": 100_000}
+    assert fetch(reset, reset, reset, {}).read_bytes() == CONTENT and len(server.asked) <= 4
 
 
 def test_a_later_call_goes_on(fetch, server, tmp_path):
