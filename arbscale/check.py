@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -92,7 +93,8 @@ def check_file(root: Path, name: str) -> FileReport:
     except FileNotFoundError:
         return FileReport(name, problem="no longer there")
     except ValueError as error:
-        return FileReport(name, problem=reason(error.__cause__))
+        why = re.sub(r" \(\d+ bytes not processed\)", "", reason(error.__cause__))
+        return FileReport(name, problem=why)
 
 
 def splits(root: Path) -> str:
@@ -121,7 +123,7 @@ def _conversions(image: Any, path: Path, deep: bool) -> tuple[str, ...]:
         "16 bits, to 8": deep,
         _MODES.get(image.mode, ""): image.mode in _MODES,
         "transparency, laid on white": transparent,
-        "turned upright as EXIF says": _quiet(lambda: image.getexif().get(0x0112, 1) != 1),
+        "turned upright as EXIF says": _quiet(lambda: image.getexif().get(0x0112) in range(2, 9)),
     }
     return tuple(text for text, is_so in found.items() if is_so)
 

@@ -189,7 +189,7 @@ def _ask(url: str, part: Path) -> HTTPResponse:
     except HTTPError as error:
         error.close()
         if error.code == 416:  # the part is longer than the server's file
-            part.unlink()
+            part.unlink(missing_ok=True)
         if error.code in (408, 416, 425, 429) or error.code >= 500:
             raise _Interrupted(f"the server answered {error.code} {error.reason}") from error
         raise RuntimeError(
@@ -217,7 +217,7 @@ def _start(response: HTTPResponse, part: Path, size: int) -> int:
     same_file = not _known(part) or _validator(response) in ("", _known(part))
     if right_place and right_size and same_file:
         return _length(part)
-    part.unlink()
+    part.unlink(missing_ok=True)
     raise _Interrupted(f"the server sent the range {announced!r}, or of another file")
 
 
@@ -262,7 +262,7 @@ def _verify(path: Path, size: int, sha256: str) -> None:
     if _length(path) != size or digest.hexdigest() != sha256:
         raise ValueError(
             f"{path} has {_length(path)} bytes and SHA-256 {digest.hexdigest()}; wanted {size} and "
-            f"{sha256}: damaged on the way, or another version. Delete it and run this again"
+            f"{sha256}: damaged, or another version. Delete it if it is there, and run this again"
         )
 
 
@@ -285,6 +285,8 @@ def unpack(archive: Path, target: Path, members: Mapping[str, str], pictures: in
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with file.open(plan[name]) as source, open(path, "xb") as copy:
                     shutil.copyfileobj(source, copy, _CHUNK)
+        if hasattr(os, "sync"):
+            os.sync()  # or a power cut could leave the final name on files without content
         os.replace(partial, target)
     except Exception as error:  # zipfile, zlib and others meet damage in many ways
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
