@@ -195,7 +195,9 @@ def _lines(split_list: Path) -> list[str]:
         raise FileNotFoundError(f"there is no split list {split_list}; check the path")
     # A file name may be bytes that are no text, so a list of them may be, too.
     text = split_list.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    # Not splitlines(): some of what it takes for the end of a line may be part of a name.
+    names = [line.strip(" \t\r") for line in text.split("\n")]
+    return [name for name in names if name]
 
 
 def open_folder(

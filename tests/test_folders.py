@@ -316,6 +316,14 @@ def test_a_name_that_is_no_text(tmp_path, capsys):
     assert "20 x 30  caf\\udce9.png" in capsys.readouterr().out
 
 
+def test_a_list_of_strange_names(tmp_path):
+    strange = ["a\u2028b.png", "c\x0bd.png", "e\u00a0.png"]
+    for name in strange:
+        photo().save(tmp_path / name)
+    (tmp_path / "all.txt").write_text("\r\n".join(strange), encoding="utf-8", newline="")
+    assert names(ImageFolder(tmp_path, tmp_path / "all.txt")) == strange
+
+
 def test_a_list_that_is_not_utf8_names_its_first_bad_line(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "train.txt").write_bytes("0000.png\ncaf\u00e9.png\n".encode("latin-1"))
