@@ -196,9 +196,10 @@ def test_a_server_without_ranges_starts_anew(fetch, server):
     assert path.read_bytes() == CONTENT and len(server.asked) == 3
 
 
-def test_a_server_without_ranges_that_always_drops_is_given_up(fetch, server):
+@pytest.mark.parametrize("cuts", [[100_000], [100_000, 50_000] * 20])
+def test_a_server_without_ranges_that_always_drops_is_given_up(fetch, server, cuts):
     with pytest.raises(RuntimeError, match="tries brought nothing new"):
-        fetch({"ranges": False, "cut": 100_000})
+        fetch(*({"ranges": False, "cut": cut} for cut in cuts))
     assert len(server.asked) == 1 + downloads.TRIES
 
 

@@ -157,7 +157,7 @@ def cut(path, keep=0.6):
 SKIPPED = {  # by a look at the header
     "empty.png": (lambda path: path.touch(), "empty"),
     "text.jpg": (lambda path: path.write_text("hello"), "none of"),
-    "script.jpg": (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n"), "none of"),
+    "script.jpg": (lambda path: photo().save(path, "EPS"), "none of"),  # a program, truly
     "header.png": (lambda path: cut(path, 0.0005), "none of"),
     "bomb.png": (bomb, "bomb"),
 }
@@ -212,6 +212,18 @@ def test_values_without_a_known_white_are_refused(tmp_path, mode, said):
     with pytest.raises(ValueError, match=f"a.tif cannot be read .*{said}"):
         ImageFolder(tmp_path)[0]
     assert said in check_folder(tmp_path).files[0].problem
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif", "gif", "bmp"])
+def test_no_part_of_a_truncated_picture_is_taken_for_it(tmp_path, ending):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8)
+    path = tmp_path / f"a.{ending}"
+    for keep in np.linspace(0.05, 0.95, 19):
+        Image.fromarray(pixels).save(path)
+        path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+        with pytest.raises(ValueError, match="cannot be read"):
+            data.load_image(path)
+        assert check_folder(tmp_path).files[0].problem
 
 
 def test_a_training_goes_on_with_the_next_picture(tmp_path):
