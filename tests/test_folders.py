@@ -226,6 +226,20 @@ def test_no_part_of_a_truncated_picture_is_taken_for_it(tmp_path, ending):
         assert check_folder(tmp_path).files[0].problem
 
 
+def test_no_damaged_pixels_are_taken_for_a_picture(tmp_path):
+    """PIL, asked again after a failure, may give what it has got so far."""
+    photo(90, 90).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    first = whole.index(b"IDAT") + 4
+    for place in range(first, first + 3000, 100):  # near the end PIL may not notice
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x10
+        (tmp_path / "a.png").write_bytes(bytes(damaged))
+        with pytest.raises(ValueError, match="cannot be read"):
+            data.load_image(tmp_path / "a.png")
+        assert check_folder(tmp_path).files[0].problem
+
+
 def test_a_training_goes_on_with_the_next_picture(tmp_path):
     save(tmp_path, 4)
     cut(tmp_path / "0001.png")
