@@ -12,9 +12,9 @@
 | a linked file | used; a linked folder is not entered, so no loop is endless |
 | empty, no picture, damaged header, no permission | skipped with a counted warning |
 | over `images.MAX_PIXELS` (a decompression bomb) | skipped so, before it is decoded |
-| truncated, damaged (if the decoder notices), floats, | noticed when it is read: refused with |
-| over 16 bits, deleted after listing | ValueError or FileNotFoundError, or, for training (`substitute`), |
-| | skipped with a counted warning: the next picture is taken instead |
+| truncated, damaged (as far as the decoder notices), floats, over | when it is read: refused with |
+| 16 bits, deleted after listing | ValueError or FileNotFoundError; for training (`substitute`) |
+| | skipped with a counted warning, the next picture is taken instead |
 | named in a split list and not there | the list is refused with FileNotFoundError |
 | hidden, a folder named like a picture, a broken or circular link, a pipe | not looked at |
 
