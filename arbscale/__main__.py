@@ -230,6 +230,37 @@ def train(args: argparse.Namespace) -> None:
         )
 
 
+def check(args: argparse.Namespace) -> None:
+    """Read every picture below a folder; print what is used, converted, skipped, and why."""
+    from arbscale.check import check_folder, splits
+    from arbscale.data import find_folder
+
+    root = find_folder(args.folder)
+    report = check_folder(root)
+    if args.list:
+        _print(report.listing())
+    _print(report.summary())
+    if not report.used:
+        raise ValueError(f"no picture in {root} can be used")
+    _print(f"splits:\n{splits(root)}")
+
+
+def download(args: argparse.Namespace) -> None:
+    """Fetch DIV2K or AFHQ's cats; what an earlier call left unfinished is gone on with."""
+    from arbscale import download as downloads
+    from arbscale.data import data_root
+
+    for folder in downloads.download(args.name, args.output or data_root()):
+        _print(f"{folder} is complete")
+    print(downloads.TERMS[args.name])
+
+
+def _print(text: str) -> None:
+    """Print names of files, which may hold what the terminal cannot show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
 def _check_output(path: Path, size: Size) -> None:
     """Refuse what cannot be written before anything is computed."""
     from PIL import Image
@@ -298,7 +329,7 @@ def parser() -> argparse.ArgumentParser:
         text = function.__doc__
         sub = commands.add_parser(function.__name__, help=text, description=text)
         sub.set_defaults(function=function)
-        if function not in (bench, table):
+        if function not in (bench, table, check, download):
             sub.add_argument("--seed", type=int, default=0, help="decides everything; default 0")
         return sub
 
@@ -359,6 +390,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seconds", type=float, default=2.0, help="a row's time; default 2")
     sub.add_argument("--quick", action="store_true", help="time each row once")
     sub.add_argument("-o", "--output", type=Path, help="a JSON file")
+
+    sub = command(check)
+    sub.add_argument("folder", help="a folder, or one below ARBSCALE_DATA")
+    sub.add_argument("--list", action="store_true", help="print a line for each file, too")
+
+    sub = command(download)
+    sub.add_argument("name", help="div2k or afhq")
+    sub.add_argument("-o", "--output", type=Path, help="a folder; default ARBSCALE_DATA")
 
     sub = command(train)
     sub.add_argument("preset", help=", ".join(presets.PRESETS))
