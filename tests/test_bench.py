@@ -35,7 +35,7 @@ def test_measure_has_every_row(low_size, monkeypatch):
     report = bench.measure(model, [16, (12, 20)], batch=2, seconds=0.001)
     tasks = [row["task"] for row in report["results"] if row["size"] == [16, 16]]
     assert [t.split(",")[0] for t in tasks] == ["decoding alone"] * 2 + ["end to end"] * 2
-    assert len(report["results"]) == 4 + 3
+    assert len(report["results"]) == 4 + 3 + 2  # and the LIIF of the paper
     assert report["protocol"]["batch"] == 2 and report["machine"]["threads"] >= 1
 
 
