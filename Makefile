@@ -77,12 +77,12 @@ endef
 export CHECK
 
 # When and with which Python a notebook ran differs each time; outputs and counts stay. Large
-# pictures are stored with 128 colours, which keeps a notebook under the limit of its contract.
+# pictures are stored with 256 colours, which keeps a notebook under the limit of its contract.
 define STRIP
 import base64, io, sys, nbformat
 from PIL import Image
 def smaller(png):
-    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(128)
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
     buffer = io.BytesIO()
     picture.save(buffer, "png", optimize=True)
     return min(png, base64.b64encode(buffer.getvalue()).decode() + "\n", key=len)
@@ -92,7 +92,7 @@ for path in sys.argv[1:]:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         for data in [output.get("data", {}) for output in cell.get("outputs", [])]:
-            if len(data.get("image/png", "")) > 40_000:
+            if len(data.get("image/png", "")) > 100_000:
                 data["image/png"] = smaller(data["image/png"])
     nbformat.write(notebook, path)
 endef

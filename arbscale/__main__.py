@@ -330,7 +330,7 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(function.__name__, help=text, description=text)
         sub.set_defaults(function=function)
         if function not in (bench, table, check, download):
-            sub.add_argument("--seed", type=int, default=0, help="decides everything; default 0")
+            sub.add_argument("--seed", type=int, default=0, help="decides everything; default %(default)s")
         return sub
 
     def sampling(sub: argparse.ArgumentParser, steps: int) -> None:
@@ -340,6 +340,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("-o", "--output", type=Path, required=True, help="a picture file")
 
     sub = command(demo)
+    sub.set_defaults(seed=3)
     sub.add_argument("-o", "--output", type=Path, default=Path("outputs/demo.png"))
 
     sub = command(generate)
