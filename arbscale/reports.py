@@ -152,7 +152,7 @@ def _speed(report: dict) -> list[str]:
             row["task"],
             f"{row['images_per_second']:.4g}",
             f"{1000 * row['seconds']:.4g}",
-            f"{1000 * row['spread']:.2g}",
+            f"{1000 * row['spread']:.2g}" if row["repeats"] > 1 else "-",
             str(row["repeats"]),
             "-" if row["peak_megabytes"] is None else f"{row['peak_megabytes']:.0f}",
         ]

@@ -79,6 +79,8 @@ def test_a_table_of_pairs_and_of_speeds():
     speeds["protocol"] = {"batch": 2, "precision": "float32"}
     text = reports.table(speeds)
     assert "| 8 x 8 | decoding alone | 4 | 500 | 10 | 3 | - |" in text and "| 123 |" in text
+    row["repeats"] = 1  # has no spread
+    assert "| 500 | - | 1 | - |" in reports.table({**speeds, "results": [row]})
 
 
 def test_reports_are_written_whole_and_read_back(tmp_path):
