@@ -82,9 +82,9 @@ define STRIP
 import base64, io, sys, nbformat
 from PIL import Image
 def smaller(png):
-    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
-    buffer = io.BytesIO()
-    picture.save(buffer, "png", optimize=True)
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    palette, buffer = picture.quantize(256), io.BytesIO()
+    picture.quantize(palette=palette).save(buffer, "png", optimize=True)  # this one dithers
     return min(png, base64.b64encode(buffer.getvalue()).decode() + "\n", key=len)
 for path in sys.argv[1:]:
     notebook = nbformat.read(path, as_version=4)

@@ -80,9 +80,11 @@ def upscale(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Score a model beside its baselines on unseen pictures; print a table, write JSON."""
     started = time.perf_counter()
+    _check_report(args.output)
     model = ArbitraryScaleModel.load(args.model).to(pick_device())
     task = args.task or ("upscale" if model.preset.low_size else "reconstruct")
-    args.data = args.data or ("photos" if model.preset.low_size else "scenes")
+    usual = "photos" if model.preset.low_size else model.manifest.get("data", "scenes")
+    args.data = args.data or usual
     run = _evaluate_generation if task == "generate" else _evaluate_pairs
     report, partial = run(args, model, task)
     report["timing"] = {"seconds": round(time.perf_counter() - started, 1)}
@@ -90,7 +92,9 @@ def evaluate(args: argparse.Namespace) -> None:
     partial.finish()
 
 
-def _evaluate_pairs(args: argparse.Namespace, model: ArbitraryScaleModel, task: str) -> Any:
+def _evaluate_pairs(
+    args: argparse.Namespace, model: ArbitraryScaleModel, task: str
+) -> tuple[dict, Partial]:
     from arbscale.data import open_dataset
     from arbscale.features import fingerprint
     from arbscale.protocols import get_protocol
@@ -117,7 +121,9 @@ def _evaluate_pairs(args: argparse.Namespace, model: ArbitraryScaleModel, task: 
     return report, partial
 
 
-def _evaluate_generation(args: argparse.Namespace, model: ArbitraryScaleModel, task: str) -> Any:
+def _evaluate_generation(
+    args: argparse.Namespace, model: ArbitraryScaleModel, task: str
+) -> tuple[dict, Partial]:
     from arbscale import generation
     from arbscale.data import open_dataset
     from arbscale.features import fingerprint
@@ -157,6 +163,11 @@ def _partial(args: argparse.Namespace, report: dict, pictures: str) -> Partial:
     return Partial(folder, {**report, "command": None, "fingerprint": pictures})
 
 
+def _check_report(path: Path | None) -> None:
+    if path and (path.is_dir() or path.suffix.lower() != ".json"):
+        raise ValueError(f"{path}: name a JSON file, such as results/{path.stem or 'scores'}.json")
+
+
 def _report(report: dict, output: Path | None) -> None:
     if output:
         reports.write(report, output)
@@ -170,6 +181,7 @@ def table(args: argparse.Namespace) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """Time a model per size, end to end and for decoding alone, beside the usual forms."""
+    _check_report(args.output)
     model = ArbitraryScaleModel.load(args.model).to(pick_device())
     seconds = 0.0 if args.quick else args.seconds
     report = benchmark.measure(model, args.sizes, args.batch, args.steps, seconds)
@@ -330,7 +342,9 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(function.__name__, help=text, description=text)
         sub.set_defaults(function=function)
         if function not in (bench, table, check, download):
-            sub.add_argument("--seed", type=int, default=0, help="decides everything; default %(default)s")
+            sub.add_argument(
+                "--seed", type=int, default=0, help="decides everything; default %(default)s"
+            )
         return sub
 
     def sampling(sub: argparse.ArgumentParser, steps: int) -> None:

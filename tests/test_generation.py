@@ -155,6 +155,8 @@ def test_real_pictures_are_reduced_never_enlarged():
 def test_jobs_that_cannot_be_done(job):
     with pytest.raises(ValueError, match="one aspect ratio"):
         generation.check(dataclasses.replace(job, sizes=((32, 32), (32, 64))), False)
+    with pytest.raises(ValueError, match="sides of 16 px"):
+        generation.check(dataclasses.replace(job, sizes=((32, 32), (12, 12))), False)
     with pytest.raises(ValueError, match="unknown features 'clip'; take one of encoder, alexnet"):
         generation.check(dataclasses.replace(job, features="clip"), False)
     few = dataclasses.replace(job, features="inception")

@@ -212,6 +212,7 @@ def test_evaluate_generates_resumes_and_repeats_itself(run, tmp_path, offline, m
             "--features encoder",
         ),
         (("scenes", "--task", "fly"), "invalid choice"),
+        (("scenes", "-o", "results"), "name a JSON file"),
     ],
 )
 def test_evaluate_says_what_it_cannot_do(run, offline, words, hint):
