@@ -86,7 +86,13 @@ def evaluate(args: argparse.Namespace) -> None:
     usual = "photos" if model.preset.low_size else model.manifest.get("data", "scenes")
     args.data = args.data or usual
     run = _evaluate_generation if task == "generate" else _evaluate_pairs
-    report, partial = run(args, model, task)
+    try:
+        report, partial = run(args, model, task)
+    except KeyboardInterrupt:
+        kept = (
+            "the same command goes on from here" if args.output else "with -o it could be resumed"
+        )
+        raise RuntimeError(f"stopped; {kept}") from None
     report["timing"] = {"seconds": round(time.perf_counter() - started, 1)}
     _report(report, args.output)
     partial.finish()
@@ -125,7 +131,7 @@ def _evaluate_generation(
     args: argparse.Namespace, model: ArbitraryScaleModel, task: str
 ) -> tuple[dict, Partial]:
     from arbscale import generation
-    from arbscale.data import open_dataset
+    from arbscale.data import ContinuousScenes, open_dataset
     from arbscale.features import fingerprint
 
     if model.preset.low_size:
@@ -133,7 +139,10 @@ def _evaluate_generation(
     n = args.number or 1000
     split = args.split or "train"
     others = "test" if split != "test" else "train"
-    real, unseen = (open_dataset(args.data, s) for s in (split, others))
+    if args.data == "scenes":  # there are as many as are asked for
+        real, unseen = (ContinuousScenes(n, split=s) for s in (split, others))
+    else:
+        real, unseen = (open_dataset(args.data, s) for s in (split, others))
     side = model.preset.image_size
     job = generation.Job(
         model,
