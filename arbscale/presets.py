@@ -12,6 +12,9 @@ from arbscale.liif import LIIF
 from arbscale.unet import UNet
 
 
+LATER = {"kl_weight", "lpips_weight", "crop", "prediction"}  # fields that old manifests lack
+
+
 @dataclass(frozen=True)
 class Preset:
     """A model, its noise schedule and the sizes that it is trained at.
@@ -50,6 +53,24 @@ class Preset:
     first_stage_lr: float = 5e-5  # Adam's learning rate for autoencoder and decoder
     diffusion_lr: float = 1e-6  # Adam's learning rate for the denoiser
     alignment_lr: float = 1e-6  # the same for the alignment stage
+    # losses
+    kl_weight: float = 1e-6  # of the posterior's divergence, while the encoder is trained
+    lpips_weight: float = 0.0  # of LPIPS beside L1; wants `crop`
+    crop: int = 0  # LIIF's targets are windows of this side; 0: scattered points
+    prediction: str = "eps"  # what the denoiser's output is: the noise ("eps") or the velocity "v"
+
+    def __post_init__(self) -> None:
+        """Refuse what no model can be trained with; ValueError says why."""
+        if self.prediction not in ("eps", "v"):
+            raise ValueError(f"prediction is 'eps' or 'v', got {self.prediction!r}")
+        low, high = self.target_sizes
+        if not 1 <= low <= high:
+            raise ValueError(f"target_sizes are a smallest and a largest side, got {low}, {high}")
+        if self.lpips_weight and min(self.crop, low, self.image_size) < 32:
+            raise ValueError(
+                "LPIPS sees pictures of at least 32 px: take a crop, an image_size and target_sizes "
+                f"of 32 or more, got {self.crop}, {self.image_size} and {self.target_sizes}"
+            )
 
     @property
     def factor(self) -> int:
@@ -67,12 +88,15 @@ class Preset:
 
     @classmethod
     def from_dict(cls, values: dict) -> Preset:
-        """Read what `to_dict` wrote; ValueError on unknown or missing fields."""
+        """Read what `to_dict` wrote; ValueError on unknown or missing fields.
+
+        Those of `LATER` may be missing: models saved before they came have their defaults.
+        """
         known = {f.name for f in fields(cls)}
-        if set(values) != known:
+        if not known - LATER <= set(values) <= known:
             raise ValueError(
                 f"the preset does not fit this version: unknown {sorted(set(values) - known)}, "
-                f"missing {sorted(known - set(values))}; save the model again with this version"
+                f"missing {sorted(known - LATER - set(values))}; save the model again with this version"
             )
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
