@@ -104,6 +104,6 @@ def _write(folder: Path, key: str, count: int, parts: Parts) -> None:
 
 
 def _begin(file: Any, shape: tuple[int, ...]) -> None:
-    """Write the head of an array file; written as a memory map it would end badly on a full disk."""
+    """Write the head of an array file. A memory map would end in SIGBUS on a full disk."""
     head = {"descr": "<f4", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, head)

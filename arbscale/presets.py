@@ -11,7 +11,6 @@ from arbscale.first_stage import FirstStage
 from arbscale.liif import LIIF
 from arbscale.unet import UNet
 
-
 LATER = {"kl_weight", "lpips_weight", "crop", "prediction"}  # fields that old manifests lack
 
 
@@ -68,8 +67,8 @@ class Preset:
             raise ValueError(f"target_sizes are a smallest and a largest side, got {low}, {high}")
         if self.lpips_weight and min(self.crop, low, self.image_size) < 32:
             raise ValueError(
-                "LPIPS sees pictures of at least 32 px: take a crop, an image_size and target_sizes "
-                f"of 32 or more, got {self.crop}, {self.image_size} and {self.target_sizes}"
+                "LPIPS sees pictures of at least 32 px: take crop, image_size, target_sizes from "
+                f"32 on, got {self.crop}, {self.image_size} and {self.target_sizes}"
             )
 
     @property
@@ -93,10 +92,11 @@ class Preset:
         Those of `LATER` may be missing: models saved before they came have their defaults.
         """
         known = {f.name for f in fields(cls)}
-        if not known - LATER <= set(values) <= known:
+        unknown, missing = set(values) - known, known - LATER - set(values)
+        if unknown or missing:
             raise ValueError(
-                f"the preset does not fit this version: unknown {sorted(set(values) - known)}, "
-                f"missing {sorted(known - LATER - set(values))}; save the model again with this version"
+                f"the preset does not fit this version: unknown {sorted(unknown)}, missing "
+                f"{sorted(missing)}; save the model again with this version"
             )
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
