@@ -22,6 +22,7 @@ from arbscale.trainer import Run
 
 PROG = "python -m arbscale train"
 CONFIG = "config.json"
+FOLDER = Path("runs/OUTPUT")  # the run folder, unless named, takes the name of the output
 LICENCES = {"scenes": "MIT; trained on procedural pictures of this package"}
 
 
@@ -65,12 +66,14 @@ def parse(words: list[str]) -> TrainOptions:
     if parsed.start:  # its own numbers are what the options change
         manifest = weights.read_manifest(weights.find(parsed.start))
         parsed = _read(options, Preset.from_dict(manifest["preset"]))
-    folder = parsed.run.folder or Path("runs") / parsed.output.name
-    return replace(parsed, run=replace(parsed.run, folder=folder))
+    if parsed.run.folder in (None, FOLDER):
+        run = replace(parsed.run, folder=FOLDER.with_name(parsed.output.name))
+        return replace(parsed, run=run)
+    return parsed
 
 
 def _read(words: list[str], preset: Preset) -> TrainOptions:
-    default = TrainOptions(output=tyro.MISSING, preset=preset, run=Run(folder=Path("runs/OUTPUT")))
+    default = TrainOptions(output=tyro.MISSING, preset=preset, run=Run(folder=FOLDER))
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
