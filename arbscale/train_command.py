@@ -18,7 +18,7 @@ from arbscale import checkpoints, presets, training, weights
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset
 from arbscale.runlog import read_summary
-from arbscale.trainer import Run
+from arbscale.trainer import Run, process_state
 
 PROG = "python -m arbscale train"
 CONFIG = "config.json"
@@ -94,9 +94,7 @@ def _read(words: list[str], preset: Preset) -> TrainOptions:
 
 def train(options: TrainOptions) -> None:
     """Run the stages; the first process of several writes."""
-    from accelerate import PartialState
-
-    state = PartialState()
+    state = process_state()
     folder = options.run.folder
     with state.main_process_first():
         if state.is_main_process:

@@ -431,6 +431,19 @@ def learning_rate(step: int, steps: int, warm_up: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / (steps - warm_up))
 
 
+def process_state(cpu: bool = False) -> Any:
+    """Return accelerate's PartialState; processes that were launched together find each other.
+
+    Where there is no GPU, or accelerate was told to use none, they talk over gloo.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    no_gpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=no_gpu if several else cpu)
+
+
 def make_accelerator(run: Run, device: torch.device) -> Any:
     """Return accelerate's Accelerator for a run: on `device`, unless several processes share it."""
     from accelerate import Accelerator
@@ -439,9 +452,8 @@ def make_accelerator(run: Run, device: torch.device) -> Any:
 
     # Its settings live as long as the Python process; a notebook's next cell may want others.
     AcceleratorState._reset_state(not torch.distributed.is_initialized())
-    alone = not torch.distributed.is_initialized() and "WORLD_SIZE" not in os.environ
+    process_state(cpu=device.type == "cpu")
     return Accelerator(
-        cpu=alone and device.type == "cpu",
         mixed_precision=run.precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop does it
     )
