@@ -206,7 +206,7 @@ class _Training:
         ):
             while self.step < self.steps:
                 started = time.perf_counter()
-                loss, waited, stop = self._advance(batches, bool(signals))
+                loss, waited, stop = self._advance(batches, signals)
                 seconds = time.perf_counter() - started
                 self.seconds += seconds
                 self._report(bar, loss, seconds, waited)
@@ -239,7 +239,7 @@ class _Training:
         )
 
     def _advance(
-        self, batches: Iterator[dict[str, Tensor]], stop: bool
+        self, batches: Iterator[dict[str, Tensor]], signals: list[str]
     ) -> tuple[float, float, bool]:
         """Take one step; return the loss, the seconds waited for data, and whether to stop."""
         self.optimiser.zero_grad()
@@ -254,7 +254,7 @@ class _Training:
                 self.accelerator.backward(loss)
             total = total + loss.detach().float()
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.run.clip)
-        value, stopping = self._agree(total, stop)
+        value, stopping = self._agree(total, bool(signals))
         self._check(value, norm.item())
         for group in self.optimiser.param_groups:
             group["lr"] = self.stage.lr * learning_rate(self.step, self.steps, self.run.warm_up)
