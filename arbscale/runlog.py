@@ -78,7 +78,7 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """Return the lines of a run's log: stage, step, loss, lr, rate and waiting share."""
+    """Return a run's log: stage, step, loss, lr, rate, a step's seconds, share of waiting."""
     path = Path(folder) / LOG
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:

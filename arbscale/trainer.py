@@ -199,7 +199,10 @@ class _Training:
     def _loop(self) -> None:
         main = self.accelerator.is_main_process
         options = {"initial": self.step, "total": self.steps, "unit": "step", "mininterval": 1}
-        batches = self._batches()
+        parts, accelerator = self.run.accumulation, self.accelerator
+        wanted = range(self.step * parts, self.steps * parts)
+        shared = accelerator.num_processes, accelerator.process_index
+        batches = iter(loader(self.stage, wanted, self.seed, self.run, *shared))
         with (
             _signals_noted(self.folder is not None) as signals,
             tqdm(desc=self.stage.name, disable=not main, **options) as bar,
@@ -217,26 +220,6 @@ class _Training:
                 if stop:
                     name = signals[0] if signals else "a signal to another process"
                     raise RuntimeError(f"{self.stage.name}: stopped by {name}; {self._mend()}")
-
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
-        parts = self.run.accumulation
-        draws = _Draws(
-            self.stage,
-            self.seed,
-            parts,
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-        )
-        return iter(
-            DataLoader(
-                draws,
-                batch_size=None,
-                sampler=range(self.step * parts, self.steps * parts),
-                num_workers=self.run.workers,
-                pin_memory=self.device.type == "cuda",
-                generator=torch.Generator(),  # the loader would draw from the global one
-            )
-        )
 
     def _advance(
         self, batches: Iterator[dict[str, Tensor]], signals: list[str]
@@ -314,6 +297,7 @@ class _Training:
                 loss=loss,
                 lr=self.optimiser.param_groups[0]["lr"],
                 rate=rate,
+                seconds=seconds,
                 waiting=waited / seconds,
             )
         if every and self.step % every == 0 and self.log.active:
@@ -414,6 +398,23 @@ class _Draws(Dataset):
         first = (part * self.processes + self.process) * share
         generator = step_generator(self.seed, self.stage.name, step)
         return self.stage.draw(generator, slice(first, first + share))
+
+
+def loader(
+    stage: Stage, wanted: range, seed: int, run: Run, processes: int = 1, process: int = 0
+) -> DataLoader:
+    """Return what process `process` of `processes` looks at in the wanted parts of the run.
+
+    A step has `run.accumulation` parts; part 0 is the first of step 0.
+    """
+    return DataLoader(
+        _Draws(stage, seed, run.accumulation, processes, process),
+        batch_size=None,
+        sampler=wanted,
+        num_workers=run.workers,
+        pin_memory=next(stage.parameters()).device.type == "cuda",
+        generator=torch.Generator(),  # the loader would draw from the global one
+    )
 
 
 def step_generator(seed: int, name: str, step: int) -> torch.Generator:
