@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from arbscale import bench as benchmark
-from arbscale import evaluation, presets, reports, training
+from arbscale import evaluation, reports
 from arbscale.coords import Size, check_size, scaled_size
 from arbscale.images import load_image, resize, to_pil
 from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.resume import Partial
 
 MAX_PIXELS = 400_000_000  # of an output file; more than a picture viewer opens
-LICENCES = {"scenes": "MIT; trained on procedural pictures of this package"}
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -198,57 +195,10 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train a preset through its four stages, and save it after each; 0 steps skip a stage."""
-    from arbscale.data import open_dataset
+    """Train a preset through its four stages; `train --help` lists every number."""
+    from arbscale import train_command
 
-    started = time.perf_counter()
-    if args.start:
-        model = ArbitraryScaleModel.load(args.start)
-    else:
-        torch.manual_seed(args.seed)
-        model = ArbitraryScaleModel(presets.get(args.preset))
-    model.to(pick_device())
-    if args.data == "scenes":
-        source = training.scene_source(seed=args.seed)
-    else:
-        source = training.photo_source(open_dataset(args.data, "train"), model.preset)
-    before = dict(model.manifest)
-
-    def save(stage: str, losses: list[float]) -> None:
-        threads = torch.get_num_threads()
-        recent = losses[-100:]
-        model.manifest |= {
-            "name": model.preset.name,
-            "data": args.data,
-            "licence": LICENCES.get(args.data, "that of the data it was trained on"),
-            "commands": [
-                *before.get("commands", []),
-                "python -m arbscale " + " ".join(sys.argv[1:]),
-            ],
-            "minutes": round((time.perf_counter() - started) / 60 + before.get("minutes", 0), 1),
-            "machine": f"{model.device.type}, {threads} threads, {platform.machine()}",
-            "torch": torch.__version__,
-            "losses": {
-                **model.manifest.get("losses", {}),
-                stage: sum(recent) / max(1, len(recent)),
-            },
-        }
-        model.save(args.output, half=True)
-        print(f"{stage}: {args.output}, {model.manifest['minutes']} minutes")
-
-    autoencoder, decoder, diffusion, alignment = args.steps
-    if autoencoder or decoder:
-        save(
-            "first stage",
-            training.train_first_stage(model, source, autoencoder, decoder, args.seed, args.joint),
-        )
-    if diffusion:
-        save("diffusion", training.train_diffusion(model, source, diffusion, args.seed))
-    if alignment:
-        save(
-            "alignment",
-            training.finetune_alignment(model, source, alignment, args.seed, args.max_weight),
-        )
+    train_command.train(train_command.parse(args.words))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -327,10 +277,6 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; wanted a whole number of at least 1")
     return int(text)
-
-
-def _steps(text: str) -> int:
-    return 0 if text == "0" else _count(text)
 
 
 class OneLine(argparse.ArgumentParser):
@@ -423,27 +369,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("name", help="div2k or afhq")
     sub.add_argument("-o", "--output", type=Path, help="a folder; default ARBSCALE_DATA")
 
-    sub = command(train)
-    sub.add_argument("preset", help=", ".join(presets.PRESETS))
-    sub.add_argument("--data", default="scenes", help="'scenes', 'photos', a folder, or a name")
-    sub.add_argument(
-        "--steps",
-        type=_steps,
-        nargs=4,
-        default=(1000, 2500, 4000, 200),
-        metavar=("AUTOENCODER", "DECODER", "DIFFUSION", "ALIGNMENT"),
-        help="steps of each stage; default 1000 2500 4000 200",
-    )
-    sub.add_argument("--joint", action="store_true", help="DECODER trains the encoder along")
-    sub.add_argument("--start", help="go on from this model: a name or a folder")
-    sub.add_argument("--max-weight", type=float, help="clamp of the alignment's image term")
-    sub.add_argument("-o", "--output", type=Path, required=True, help="folder for the weights")
+    commands.add_parser("train", help=train.__doc__, add_help=False).set_defaults(function=train)
     return main
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; an expected error is one line and exit status 2."""
-    args = parser().parse_args(argv)
+    args, words = parser().parse_known_args(argv)
+    if args.function is train:
+        args.words = words  # read by a library that knows every field
+    elif words:
+        parser().error(f"unrecognized arguments: {' '.join(words)}")
     try:
         args.function(args)
     except (ValueError, OSError, RuntimeError) as error:

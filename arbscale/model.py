@@ -260,8 +260,20 @@ class ArbitraryScaleModel(nn.Module):
         return max(1, round(side * stretch)), max(1, round(side / stretch))
 
     def denoise(self, condition: Tensor | None = None) -> Denoiser:
-        """Return `denoise(z_t, t)` with the condition filled in."""
-        return lambda z, t: self.denoiser(z, t, condition)
+        """Return `denoise(z_t, t)`, which gives the noise, with the condition filled in.
+
+        A denoiser that predicts v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho
+        2022) is read as eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t.
+        """
+
+        def noise(z: Tensor, t: Tensor) -> Tensor:
+            out = self.denoiser(z, t, condition)  # (B, c, h, w)
+            if self.preset.prediction == "eps":
+                return out
+            alpha_bar = self.schedule.at(t, z)
+            return alpha_bar.sqrt() * out + (1 - alpha_bar).sqrt() * z
+
+        return noise
 
     def _denoise(
         self,

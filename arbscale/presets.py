@@ -53,6 +53,24 @@ class Preset:
     first_stage_lr: float = 5e-5  # Adam's learning rate for autoencoder and decoder
     diffusion_lr: float = 1e-6  # Adam's learning rate for the denoiser
     alignment_lr: float = 1e-6  # the same for the alignment stage
+    # losses
+    kl_weight: float = 1e-6  # of the posterior's divergence, while the encoder is trained
+    lpips_weight: float = 0.0  # of LPIPS beside L1; wants `crop`
+    crop: int = 0  # LIIF's targets are windows of this side; 0: scattered points
+    prediction: str = "eps"  # what the denoiser's output is: the noise ("eps") or the velocity "v"
+
+    def __post_init__(self) -> None:
+        """Refuse what no model can be trained with; ValueError says why."""
+        if self.prediction not in ("eps", "v"):
+            raise ValueError(f"prediction is 'eps' or 'v', got {self.prediction!r}")
+        low, high = self.target_sizes
+        if not 1 <= low <= high:
+            raise ValueError(f"target_sizes are a smallest and a largest side, got {low}, {high}")
+        if self.lpips_weight and min(self.crop, low, self.image_size) < 32:
+            raise ValueError(
+                "LPIPS sees pictures of at least 32 px: take crop, image_size, target_sizes from "
+                f"32 on, got {self.crop}, {self.image_size} and {self.target_sizes}"
+            )
 
     @property
     def factor(self) -> int:

@@ -1,107 +1,61 @@
 """Training in four stages: autoencoder, LIIF decoder, diffusion, alignment.
 
-Each stage is a function that returns its losses, one a step, and trains in place. The seed decides
-everything: initial weights are drawn by the caller, batches, times and noise here.
+Each stage is a function that returns its losses, one a step, and trains in place; the loop is in
+`trainer.py`, and its `Run` says where, how precisely and how often it saves. The seed decides
+everything: initial weights are drawn by the caller, batches, times and noise by the step.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import trange
 
+from arbscale import latents
 from arbscale.autoencoder import Decoder, Encoder, GaussianPosterior
 from arbscale.coords import cell, grid
 from arbscale.diffusion import alignment_loss, denoising_loss
 from arbscale.first_stage import FirstStage
-from arbscale.images import random_crop, resize
+from arbscale.images import resize
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset, build_decoder
-from arbscale.scenes import Scenes, render_scenes, sample_scenes, scene_colors
+from arbscale.sources import (
+    Batch,
+    PhotoBatch,
+    PhotoSource,
+    SceneBatch,
+    SceneSource,
+    Source,
+    photo_source,
+    scene_source,
+)
+from arbscale.trainer import Run, Stage, optimise, step_generator
 
-EMA_DECAY = 0.999
+__all__ = [
+    "Batch",
+    "PhotoBatch",
+    "PhotoSource",
+    "Run",
+    "SceneBatch",
+    "SceneSource",
+    "Source",
+    "finetune_alignment",
+    "photo_source",
+    "scene_source",
+    "train_autoencoder",
+    "train_decoder",
+    "train_diffusion",
+    "train_first_stage",
+]
+
 POOL = 8192  # pictures encoded once for the diffusion model's training
 POINTS = 1024  # of each target, where LIIF is compared with the truth
-
-
-class Batch(Protocol):
-    """Some pictures that can be looked at in any size."""
-
-    def image(self, size: int) -> Tensor:
-        """Return the pictures at `size`, (B, 3, size, size) in [-1, 1]."""
-
-    def colors(self, size: int, coords: Tensor) -> Tensor:
-        """Return the pictures' pixels at `size`, (B, N, 3), at pixel centres (B, N, 2)."""
-
-
-Source = Callable[[int, torch.Generator], Batch]
-"""`source(n, generator)` draws n pictures."""
-
-
-@dataclass(frozen=True)
-class SceneBatch:
-    """Continuous scenes: exact at every size."""
-
-    scenes: Scenes
-
-    def image(self, size: int) -> Tensor:
-        """Render the scenes."""
-        return render_scenes(self.scenes, size)
-
-    def colors(self, size: int, coords: Tensor) -> Tensor:
-        """Evaluate the scenes at the points alone."""
-        return scene_colors(self.scenes, coords, cell((size, size)).expand(len(coords), 2))
-
-
-@dataclass(frozen=True)
-class PhotoBatch:
-    """Crops of photographs (B, 3, s, s), resized with antialiasing."""
-
-    crops: Tensor
-
-    def image(self, size: int) -> Tensor:
-        """Resize the crops by antialiased bicubic interpolation."""
-        return resize(self.crops, size)
-
-    def colors(self, size: int, coords: Tensor) -> Tensor:
-        """Look the points up among the resized crops' pixels."""
-        pixels = self.image(size).flatten(2).mT  # (B, size*size, 3)
-        rows, cols = ((coords + 1) * (size / 2)).long().clamp(0, size - 1).unbind(-1)
-        return pixels.gather(1, (rows * size + cols)[..., None].expand(-1, -1, 3))
-
-
-def scene_source(count: int = 1 << 20, seed: int = 0) -> Source:
-    """Draw from the first `count` scenes of a seed's training split."""
-
-    def source(n: int, generator: torch.Generator) -> SceneBatch:
-        first = int(torch.randint(count - n + 1, (), generator=generator))
-        return SceneBatch(sample_scenes(n, seed, first))
-
-    return source
-
-
-def photo_source(images: Sequence[Tensor], preset: Preset) -> Source:
-    """Draw random crops of photographs (3, H, W), flipped half of the time.
-
-    The crop's side is uniform between the encoder's input and the largest target, so that the
-    model sees details at several scales.
-    """
-    smallest, largest = preset.image_size, max(preset.image_size, preset.target_sizes[1])
-
-    def source(n: int, generator: torch.Generator) -> PhotoBatch:
-        side = int(torch.randint(smallest, largest + 1, (), generator=generator))
-        picks = torch.randint(len(images), (n,), generator=generator).tolist()
-        crops = torch.stack([random_crop(images[i], side, generator) for i in picks])
-        flip = torch.rand(n, generator=generator) < 0.5
-        return PhotoBatch(torch.where(flip[:, None, None, None], crops.flip(-1), crops))
-
-    return source
 
 
 def train_autoencoder(
@@ -111,26 +65,15 @@ def train_autoencoder(
     preset: Preset,
     steps: int,
     seed: int = 0,
+    run: Run | None = None,
 ) -> list[float]:
     """Pre-train the encoder with an ordinary up-sampling decoder, by L1 at one size.
 
-    Where the latent is a Gaussian posterior it is sampled, and its divergence enters by 1e-6, as
-    in Rombach et al. 2022.
+    Where the latent is a Gaussian posterior it is sampled, and its divergence enters by
+    `preset.kl_weight`, as in Rombach et al. 2022.
     """
-
-    def loss(generator: torch.Generator) -> Tensor:
-        image = source(preset.first_stage_batch, generator).image(preset.image_size)
-        image = image.to(next(encoder.parameters()).device)
-        z = encoder(image)
-        penalty = 0.0
-        if preset.posterior:
-            posterior = GaussianPosterior.from_moments(z)
-            z, penalty = posterior.sample(generator), 1e-6 * posterior.kl().mean()
-        return F.l1_loss(decoder(z), image) + penalty
-
-    encoder.requires_grad_(True)
-    parameters = [*encoder.parameters(), *decoder.parameters()]
-    return _optimise(loss, parameters, preset.first_stage_lr, steps, seed, "autoencoder")
+    stage = AutoencoderStage(encoder, decoder, source, preset)
+    return optimise(stage, steps, seed, run)
 
 
 def train_decoder(
@@ -140,31 +83,17 @@ def train_decoder(
     steps: int,
     seed: int = 0,
     freeze_encoder: bool = True,
+    run: Run | None = None,
 ) -> list[float]:
     """Train the symmetric decoder and LIIF on the frozen encoder's latents.
 
     Each step draws a target size, uniform in `preset.target_sizes`, and compares `POINTS` scattered
-    pixels of each picture by L1. With `freeze_encoder=False` the encoder is trained along, as in
-    the released code's default. Implements the first stage of Kim and Kim 2024.
+    pixels of each picture by L1, or all pixels of a window where `preset.crop` is set. With
+    `freeze_encoder=False` the encoder is trained along, as in the released code's default.
+    Implements the first stage of Kim and Kim 2024.
     """
-    first_stage.requires_grad_(True)
-    first_stage.encoder.requires_grad_(not freeze_encoder)
-    device = next(first_stage.parameters()).device
-    low, high = preset.target_sizes
-
-    def loss(generator: torch.Generator) -> Tensor:
-        batch = source(preset.first_stage_batch, generator)
-        z = first_stage.encode(batch.image(preset.image_size).to(device))
-        size = int(torch.randint(low, high + 1, (), generator=generator))
-        pixels = torch.randint(size * size, (len(z), POINTS), generator=generator)
-        coords = grid((size, size)).view(-1, 2)[pixels]  # (B, POINTS, 2)
-        cells = cell((size, size)).expand(len(z), 2)
-        features = first_stage.features(z)
-        rgb = first_stage.liif.query(features, coords.to(device), cells.to(device))
-        return F.l1_loss(rgb, batch.colors(size, coords).to(device))
-
-    parameters = [p for p in first_stage.parameters() if p.requires_grad]
-    return _optimise(loss, parameters, preset.first_stage_lr, steps, seed, "decoder")
+    stage = DecoderStage(first_stage, source, preset, freeze_encoder)
+    return optimise(stage, steps, seed, run)
 
 
 def train_first_stage(
@@ -174,6 +103,7 @@ def train_first_stage(
     decoder_steps: int,
     seed: int = 0,
     joint: bool = False,
+    run: Run | None = None,
 ) -> list[float]:
     """Pre-train the encoder, freeze it, train decoder and LIIF; return the latter's losses.
 
@@ -183,8 +113,8 @@ def train_first_stage(
     if autoencoder_steps:
         helper = build_decoder(preset).to(model.device)
         encoder = model.first_stage.encoder
-        train_autoencoder(encoder, helper, source, preset, autoencoder_steps, seed)
-    return train_decoder(model.first_stage, source, preset, decoder_steps, seed, not joint)
+        train_autoencoder(encoder, helper, source, preset, autoencoder_steps, seed, run)
+    return train_decoder(model.first_stage, source, preset, decoder_steps, seed, not joint, run)
 
 
 def train_diffusion(
@@ -193,26 +123,17 @@ def train_diffusion(
     steps: int,
     seed: int = 0,
     pool: int | None = None,
+    run: Run | None = None,
 ) -> list[float]:
     """Train the denoiser on latents of the frozen first stage, by the denoising loss, with EMA.
 
-    `pool` pictures (`POOL` by default) are encoded once and drawn from. Sets `model.scale_factor`;
-    the averaged weights end up in the model.
+    `pool` pictures (`POOL` by default) are encoded once and drawn from; a run with a folder keeps
+    them there. Sets `model.scale_factor`; the averaged weights end up in the model.
     """
-    model.first_stage.requires_grad_(False)
-    z_pool, condition_pool = _encode_pool(model, source, pool or POOL, seed)
-
-    def loss(generator: torch.Generator) -> Tensor:
-        picks = torch.randint(len(z_pool), (model.preset.diffusion_batch,), generator=generator)
-        z0 = z_pool[picks].to(model.device)  # (B, c, h, w), scaled
-        condition = None
-        if condition_pool is not None:
-            condition = condition_pool[picks].to(model.device)
-        t, noise = _draw_times(model, z0, generator)
-        return denoising_loss(model.denoise(condition), z0, t, noise, model.schedule).mean()
-
-    lr = model.preset.diffusion_lr
-    return _optimise_with_ema(model.denoiser, loss, lr, steps, seed, "diffusion")
+    stage = DiffusionStage(model, source, pool or POOL)
+    losses = optimise(stage, steps, seed, run)
+    model.scale_factor = stage.scale_factor.item()
+    return losses
 
 
 def finetune_alignment(
@@ -221,129 +142,305 @@ def finetune_alignment(
     steps: int,
     seed: int = 0,
     max_weight: float | None = None,
+    run: Run | None = None,
 ) -> list[float]:
     """Fine-tune the denoiser through the frozen decoder, by the alignment loss, with EMA.
 
     `max_weight` clamps the image term's weight; None as in the paper. Implements the second stage
     of the diffusion model's training of Kim and Kim 2024.
     """
-    model.first_stage.requires_grad_(False)
-    preset = model.preset
+    return optimise(AlignmentStage(model, source, max_weight), steps, seed, run)
 
-    def decode(z: Tensor) -> Tensor:
-        return model.first_stage.decode(z / model.scale_factor, preset.image_size)
 
-    def loss(generator: torch.Generator) -> Tensor:
-        batch = source(preset.first_stage_batch, generator)
-        image, z0, condition = _encode(model, batch)
-        t, noise = _draw_times(model, z0, generator)
+class AutoencoderStage(Stage):
+    """Encoder and up-sampling decoder learn to give the picture back."""
+
+    name, unit = "autoencoder", "images"
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, source: Source, preset: Preset):
+        super().__init__()
+        self.encoder, self.decoder = encoder.requires_grad_(True), decoder.requires_grad_(True)
+        self.source, self.preset = source, preset
+        self.batch, self.lr = preset.first_stage_batch, preset.first_stage_lr
+
+    def draw(self, generator: torch.Generator, part: slice) -> dict[str, Tensor]:
+        """Return pictures, and the posterior's noise."""
+        image = _look(self.source, self.batch, generator, part).image(self.preset.image_size)
+        return {"image": image, **_posterior_noise(self.preset, self.batch, generator, part)}
+
+    def forward(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the L1 error, with LPIPS and the divergence where they are wanted."""
+        z, divergence = _sample_latent(self.encoder(image), noise)
+        rgb = self.decoder(z)
+        return (
+            F.l1_loss(rgb, image)
+            + self.preset.kl_weight * divergence
+            + _perceptual(self.preset, rgb, image)
+        )
+
+    @torch.no_grad()
+    def preview(self) -> list[tuple[Tensor, str]]:
+        """Return four pictures, each beside its reconstruction."""
+        image = self.source(4, torch.Generator().manual_seed(0)).image(self.preset.image_size)
+        moments = self.encoder(image.to(next(self.parameters()).device))
+        rgb = self.decoder(moments[:, : self.preset.latent_channels]).clamp(-1, 1)
+        pairs = zip(image, rgb.float().cpu(), strict=True)
+        return [(p, label) for a, b in pairs for p, label in ((a, "original"), (b, "decoded"))]
+
+
+class DecoderStage(Stage):
+    """The symmetric decoder and LIIF learn to paint any pixel from a latent."""
+
+    name, unit = "decoder", "images"
+
+    def __init__(
+        self, first_stage: FirstStage, source: Source, preset: Preset, freeze_encoder: bool
+    ):
+        super().__init__()
+        self.first_stage, self.source, self.preset = first_stage, source, preset
+        self.joint = not freeze_encoder
+        first_stage.requires_grad_(True)
+        first_stage.encoder.requires_grad_(self.joint)
+        self.batch, self.lr = preset.first_stage_batch, preset.first_stage_lr
+
+    def draw(self, generator: torch.Generator, part: slice) -> dict[str, Tensor]:
+        """Return pictures, and points of them at a size that is drawn, with their colours."""
+        preset = self.preset
+        batch = _look(self.source, self.batch, generator, part)
+        low, high = preset.target_sizes
+        size = int(torch.randint(low, high + 1, (), generator=generator))
+        coords = _points(size, preset.crop, self.batch, generator)[part]  # (b, N, 2)
+        noise = _posterior_noise(preset, self.batch, generator, part) if self.joint else {}
+        return {
+            "image": batch.image(preset.image_size),
+            "coords": coords,
+            "cells": cell((size, size)).expand(len(coords), 2),
+            "colors": batch.colors(size, coords),
+            **noise,
+        }
+
+    def forward(
+        self,
+        image: Tensor,
+        coords: Tensor,
+        cells: Tensor,
+        colors: Tensor,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Return the L1 error at the points, with LPIPS and the divergence where wanted."""
+        with contextlib.nullcontext() if self.joint else torch.no_grad():
+            out = self.first_stage.encoder(image)
+        if self.first_stage.has_posterior and not self.joint:
+            out = GaussianPosterior.from_moments(out).mode
+        z, divergence = _sample_latent(out, noise)
+        rgb = self.first_stage.liif.query(self.first_stage.features(z), coords, cells)  # (B, N, 3)
+        loss = F.l1_loss(rgb, colors) + self.preset.kl_weight * divergence
+        if not self.preset.lpips_weight:
+            return loss
+        side = math.isqrt(rgb.shape[1])
+        pictures = [x.mT.unflatten(-1, (side, side)) for x in (rgb, colors)]  # (B, 3, side, side)
+        return loss + _perceptual(self.preset, *pictures)
+
+    @torch.no_grad()
+    def preview(self) -> list[tuple[Tensor, str]]:
+        """Return two pictures, each decoded at three sizes."""
+        preset = self.preset
+        image = self.source(2, torch.Generator().manual_seed(0)).image(preset.image_size)
+        z = self.first_stage.encode(image.to(next(self.parameters()).device))
+        features = self.first_stage.features(z)
+        items = [(picture, "original") for picture in image]
+        for size in _sizes(preset):
+            rgb = self.first_stage.render(features, size).clamp(-1, 1).float().cpu()
+            items += [(picture, f"{size} px") for picture in rgb]
+        return items
+
+
+class _DenoiserStage(Stage):
+    """What the two stages share that train the denoiser beside a frozen first stage."""
+
+    def __init__(self, model: ArbitraryScaleModel, source: Source):
+        super().__init__()
+        self.model, self.source, self.preset = model, source, model.preset
+        model.first_stage.requires_grad_(False)
+        model.denoiser.requires_grad_(True)
+        factor = torch.tensor(model.scale_factor, dtype=torch.float64)
+        self.register_buffer("scale_factor", factor)  # so that checkpoints hold it
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The denoiser."""
+        return self.model.denoiser
+
+    def prepare(self, run: Run, accelerator: Any, seed: int) -> None:
+        """Let the U-Net save memory where the run asks for it."""
+        self.model.denoiser.checkpointing = run.checkpointing
+        self.model.scale_factor = self.scale_factor.item()
+
+    def _times(self, generator: torch.Generator, part: slice) -> dict[str, Tensor]:
+        """Draw steps (b,) uniformly, and noise (b, c, h, w)."""
+        t = torch.randint(self.model.schedule.steps, (self.batch,), generator=generator)
+        noise = torch.randn(_latent_shape(self.preset, self.batch), generator=generator)
+        return {"t": t[part], "noise": noise[part]}
+
+    @torch.no_grad()
+    def preview(self) -> list[tuple[Tensor, str]]:
+        """Return pictures from the same noise, or of the same low-resolution ones, at each size."""
+        preset, model = self.preset, self.model
+        if not preset.low_size:
+            drawn = {size: model.generate(2, size, seed=0, steps=10) for size in _sizes(preset)}
+        else:
+            generator = torch.Generator().manual_seed(0)
+            image = self.source(2, generator).image(preset.image_size)
+            low = resize(image, preset.low_size)
+            drawn = {size: model.upscale(low, size=size, steps=10) for size in _sizes(preset)}
+        return [(p, f"{size} px") for size, batch in drawn.items() for p in batch.float().cpu()]
+
+
+class DiffusionStage(_DenoiserStage):
+    """The denoiser learns to see the noise in latents that were encoded beforehand."""
+
+    name = "diffusion"
+
+    def __init__(self, model: ArbitraryScaleModel, source: Source, pool: int):
+        super().__init__(model, source)
+        self.pool = pool
+        self.batch, self.lr = self.preset.diffusion_batch, self.preset.diffusion_lr
+
+    def prepare(self, run: Run, accelerator: Any, seed: int) -> None:
+        """Encode the pool, or open it where it has been encoded before, and take its spread."""
+        folder = run.latents or (run.folder and run.folder / "latents")
+        identity = getattr(self.source, "identity", None)
+        encoder = self.model.first_stage.encoder
+        with accelerator.main_process_first():
+            if folder and identity:
+                shape = [self.preset.image_size, self.preset.low_size]
+                key = latents.fingerprint(encoder, identity, self.pool, seed, shape)
+                self.latents = latents.cached(folder, key, self.pool, lambda: self._parts(seed))
+            else:
+                self.latents = latents.in_memory(lambda: self._parts(seed))
+        self.scale_factor.fill_(1 / self.latents.std())
+        super().prepare(run, accelerator, seed)
+
+    @torch.no_grad()
+    def _parts(self, seed: int) -> Iterator[tuple[Tensor, ...]]:
+        """Encode the pool, 64 pictures at a time: unscaled latents and conditions."""
+        for start in trange(0, self.pool, 64, desc="encoding", unit="batch"):
+            generator = step_generator(seed, "pool", start)
+            batch = self.source(min(64, self.pool - start), generator)
+            image, low = _with_low(batch, self.preset)
+            yield tuple(z.cpu() for z in _encode(self.model, image, low))
+
+    def draw(self, generator: torch.Generator, part: slice) -> dict[str, Tensor]:
+        """Return latents of the pool, scaled, with conditions, steps and noise."""
+        picks = torch.randint(len(self.latents), (self.batch,), generator=generator)
+        scaled = [z * self.model.scale_factor for z in self.latents[picks[part]]]
+        names = ("z0", "condition")[: len(scaled)]
+        return {**dict(zip(names, scaled, strict=True)), **self._times(generator, part)}
+
+    def forward(
+        self, z0: Tensor, t: Tensor, noise: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
+        """Return the mean squared error of the noise, or of v."""
+        model = self.model
+        loss = denoising_loss(model.denoise(condition), z0, t, noise, model.schedule)  # (B,)
+        if self.preset.prediction == "v":  # an error of v is sqrt(alpha_bar) times that of eps
+            loss = loss / model.schedule.at(t, z0).flatten()
+        return loss.mean()
+
+
+class AlignmentStage(_DenoiserStage):
+    """The denoiser learns what its errors look like once they are decoded."""
+
+    name, unit = "alignment", "images"
+
+    def __init__(self, model: ArbitraryScaleModel, source: Source, max_weight: float | None):
+        super().__init__(model, source)
+        self.max_weight = max_weight
+        self.batch, self.lr = self.preset.first_stage_batch, self.preset.alignment_lr
+
+    def draw(self, generator: torch.Generator, part: slice) -> dict[str, Tensor]:
+        """Return pictures, low-resolution ones where there are conditions, steps and noise."""
+        image, low = _with_low(_look(self.source, self.batch, generator, part), self.preset)
+        lows = {} if low is None else {"low": low}
+        return {"image": image, **lows, **self._times(generator, part)}
+
+    def forward(self, image: Tensor, t: Tensor, noise: Tensor, low: Tensor | None = None) -> Tensor:
+        """Return the sum of the latent and the image term."""
+        model = self.model
+        with torch.no_grad():
+            z0, *rest = (z * model.scale_factor for z in _encode(model, image, low))
         latent_term, image_term = alignment_loss(
-            model.denoise(condition), decode, z0, image, t, noise, model.schedule, max_weight
+            model.denoise(*rest), self._decode, z0, image, t, noise, model.schedule, self.max_weight
         )
         return (latent_term + image_term).mean()
 
-    return _optimise_with_ema(model.denoiser, loss, preset.alignment_lr, steps, seed, "alignment")
+    def _decode(self, z: Tensor) -> Tensor:
+        return self.model.first_stage.decode(z / self.model.scale_factor, self.preset.image_size)
 
 
-@torch.no_grad()
-def _encode(model: ArbitraryScaleModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return images, scaled latents and, for super-resolution, scaled conditions."""
-    preset = model.preset
+def _look(source: Source, n: int, generator: torch.Generator, part: slice) -> Batch:
+    """Draw n pictures and look at a part; a source that knows no parts is asked for all."""
+    if part == slice(0, n):
+        return source(n, generator)
+    return source(n, generator, part)
+
+
+def _with_low(batch: Batch, preset: Preset) -> tuple[Tensor, Tensor | None]:
     image = batch.image(preset.image_size)
-    z0 = model.first_stage.encode(image.to(model.device)) * model.scale_factor
-    if not preset.low_size:
-        return image.to(model.device), z0, None
-    low = resize(image, preset.low_size).to(model.device)
-    return image.to(model.device), z0, model.condition(low)
+    return image, resize(image, preset.low_size) if preset.low_size else None
 
 
-def _encode_pool(
-    model: ArbitraryScaleModel, source: Source, count: int, seed: int
-) -> tuple[Tensor, Tensor | None]:
-    """Encode `count` pictures and set the model's scale factor from them."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    model.scale_factor = 1.0
-    size = min(64, count)
-    parts = []
-    for _ in trange(-(-count // size), desc="encoding", unit="batch"):
-        parts.append(_encode(model, source(size, generator))[1:])
-    z = torch.cat([z.cpu() for z, _ in parts])
-    model.scale_factor = 1 / z.std().item()
-    condition = None
-    if model.preset.low_size:
-        condition = torch.cat([c.cpu() for _, c in parts]) * model.scale_factor
-    return z * model.scale_factor, condition
+def _encode(model: ArbitraryScaleModel, image: Tensor, low: Tensor | None) -> tuple[Tensor, ...]:
+    """Return unscaled latents and, for super-resolution, unscaled conditions."""
+    z = model.first_stage.encode(image.to(model.device))
+    if low is None:
+        return (z,)
+    return z, model.condition(low.to(model.device)) / model.scale_factor
 
 
-def _draw_times(
-    model: ArbitraryScaleModel, z0: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Draw steps (B,) uniformly, and noise like z0."""
-    t = torch.randint(model.schedule.steps, (len(z0),), generator=generator)
-    noise = torch.randn(z0.shape, generator=generator)
-    return t.to(z0.device), noise.to(z0)
+def _latent_shape(preset: Preset, n: int) -> tuple[int, ...]:
+    return (n, preset.latent_channels, preset.latent_size, preset.latent_size)
 
 
-def _optimise(
-    loss: Callable[[torch.Generator], Tensor],
-    parameters: Iterable[nn.Parameter],
-    lr: float,
-    steps: int,
-    seed: int,
-    name: str,
-    after_step: Callable[[int], None] | None = None,
-) -> list[float]:
-    """Run Adam with a short warm-up and a cosine decay; RuntimeError at a non-finite loss."""
-    parameters = list(parameters)
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam(parameters, lr=lr)
-    warm_up = max(1, min(100, steps // 10))
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimiser,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimiser, 1 / warm_up, total_iters=warm_up),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps - warm_up)),
-        ],
-        milestones=[warm_up],
-    )
-    losses = []
-    bar = trange(steps, desc=name, unit="step", mininterval=1)
-    for step in bar:
-        value = loss(generator)
-        losses.append(value.item())
-        if not torch.isfinite(value):
-            raise RuntimeError(
-                f"{name}: the loss became {value.item()} at step {step}; take a lower learning rate"
-            )
-        optimiser.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-        if after_step:
-            after_step(step)
-        recent = losses[-50:]
-        bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
-    return losses
+def _posterior_noise(
+    preset: Preset, n: int, generator: torch.Generator, part: slice
+) -> dict[str, Tensor]:
+    """Draw what the posterior is sampled with, where there is one."""
+    if not preset.posterior:
+        return {}
+    return {"noise": torch.randn(_latent_shape(preset, n), generator=generator)[part]}
 
 
-def _optimise_with_ema(
-    network: nn.Module,
-    loss: Callable[[torch.Generator], Tensor],
-    lr: float,
-    steps: int,
-    seed: int,
-    name: str,
-) -> list[float]:
-    """Train, keep an exponential moving average of the weights, and leave it in the network."""
-    average = copy.deepcopy(network)
+def _sample_latent(out: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | float]:
+    """Turn the encoder's output into a latent and its mean divergence; without noise it is one."""
+    if noise is None:
+        return out, 0.0
+    posterior = GaussianPosterior.from_moments(out)
+    return posterior.mean + (0.5 * posterior.logvar).exp() * noise, posterior.kl().mean()
 
-    def update(step: int) -> None:
-        decay = min(EMA_DECAY, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for a, p in zip(average.parameters(), network.parameters(), strict=True):
-                a.lerp_(p, 1 - decay)
 
-    losses = _optimise(loss, network.parameters(), lr, steps, seed, name, update)
-    network.load_state_dict(average.state_dict())
-    return losses
+def _points(size: int, crop: int, n: int, generator: torch.Generator) -> Tensor:
+    """Draw pixel centres (n, N, 2) of a square picture: scattered, or those of a window each."""
+    centres = grid((size, size))  # (size, size, 2)
+    if not crop:
+        picks = torch.randint(size * size, (n, POINTS), generator=generator)
+        return centres.view(-1, 2)[picks]
+    side = min(crop, size)
+    corners = torch.randint(size - side + 1, (n, 2), generator=generator).tolist()
+    windows = [centres[y : y + side, x : x + side] for y, x in corners]
+    return torch.stack(windows).flatten(1, 2)
+
+
+def _perceptual(preset: Preset, rgb: Tensor, target: Tensor) -> Tensor | float:
+    """Weighted LPIPS of pictures (B, 3, H, W), where the preset asks for it."""
+    if not preset.lpips_weight:
+        return 0.0
+    from arbscale.metrics import _lpips_network
+
+    network = _lpips_network().to(rgb.device).requires_grad_(False)
+    return preset.lpips_weight * network(rgb, target).mean()
+
+
+def _sizes(preset: Preset) -> tuple[int, int, int]:
+    """Sizes of the samples: below, at and above that of training."""
+    return preset.image_size // 2, preset.image_size, 2 * preset.image_size

@@ -55,7 +55,7 @@ def save(folder: str | Path, state: dict[str, Tensor], manifest: dict, half: boo
     for i, shard in enumerate(_shards(state, half)):
         path = folder / f"weights-{i:05d}.safetensors"
         save_file(shard, path)
-        files.append({"name": path.name, "sha256": _sha256(path), "bytes": path.stat().st_size})
+        files.append({"name": path.name, "sha256": sha256(path), "bytes": path.stat().st_size})
     text = json.dumps({"format": 1, **manifest, "files": files}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -77,7 +77,7 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
                 f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}: a "
                 "truncated download or a git-lfs pointer; fetch it again"
             )
-        if _sha256(path) != entry["sha256"]:
+        if sha256(path) != entry["sha256"]:
             raise ValueError(f"{path} does not have its manifest's SHA-256; fetch it again")
         state |= load_file(path)
     return {name: tensor.float() for name, tensor in state.items()}, manifest
@@ -109,5 +109,10 @@ def _shards(state: dict[str, Tensor], half: bool) -> list[dict[str, Tensor]]:
     return shards
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal, read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -2,15 +2,22 @@
 
 import copy
 import dataclasses
+import math
+import os
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import ConcatDataset, Subset
 
 from arbscale import presets, training
 from arbscale.coords import grid
+from arbscale.data import ImageFolder
 from arbscale.diffusion import alignment_loss
+from arbscale.images import resize, to_pil
+from arbscale.metrics import lpips_is_there
 from arbscale.model import ArbitraryScaleModel
+from arbscale.trainer import make_accelerator
 from arbscale.training import (
     PhotoBatch,
     finetune_alignment,
@@ -251,31 +258,6 @@ def test_a_stage_can_be_trained_again_after_a_later_one():
 # Averages and scale -------------------------------------------------------------------------------
 
 
-def test_the_average_of_the_weights_by_hand():
-    torch.manual_seed(0)
-    net = nn.Linear(3, 1)
-    twin, history = copy.deepcopy(net), []
-
-    def loss_of(network):
-        def loss(generator):
-            x = torch.randn(8, 3, generator=generator)
-            return (network(x) - x.sum(1, keepdim=True)).square().mean()
-
-        return loss
-
-    def record(step):
-        history.append(twin.weight.detach().clone())
-
-    expected = net.weight.detach().clone()
-    losses = training._optimise(loss_of(twin), twin.parameters(), 0.1, 12, 0, "twin", record)
-    assert training._optimise_with_ema(net, loss_of(net), 0.1, 12, 0, "net") == losses
-    for step, weight in enumerate(history):
-        decay = min(0.999, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * weight
-    torch.testing.assert_close(net.weight.detach(), expected)
-    assert not torch.allclose(net.weight, twin.weight)
-
-
 @pytest.mark.parametrize("low_size", [None, 4])
 def test_the_scale_factor_makes_latents_of_unit_spread(low_size):
     model, drawn = build(low_size), []
@@ -295,12 +277,164 @@ def test_the_pool_holds_what_single_calls_give():
     """Latents and conditions, scaled."""
     model = build(4)
     fixed = SOURCE(8, seeded())
-    z, condition = training._encode_pool(model, lambda n, g: fixed, 8, seed=0)
-    image, z0, again = training._encode(model, fixed)
-    assert image.shape == (8, 3, 16, 16)
-    torch.testing.assert_close(z, z0)
-    torch.testing.assert_close(condition, again)
+    stage = training.DiffusionStage(model, lambda n, g: fixed, 8)
+    run = training.Run()
+    stage.prepare(run, make_accelerator(run, model.device), 0)
+    drawn = stage.draw(seeded(5), slice(2, 6))
+    picks = torch.randint(8, (8,), generator=seeded(5))[2:6]
+    with torch.no_grad():
+        z = model.first_stage.encode(fixed.image(16)) * model.scale_factor
+        condition = model.condition(resize(fixed.image(16), 4))
+    torch.testing.assert_close(drawn["z0"], z[picks])
+    torch.testing.assert_close(drawn["condition"], condition[picks])
     assert z.std().item() == pytest.approx(1, rel=1e-4)
+
+
+# Options of the losses ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crop", [0, 6, 100])
+def test_windows_are_neighbouring_pixels(crop):
+    """Of each picture its own, at most the whole of it."""
+    model = build(crop=crop)
+    stage = training.DecoderStage(model.first_stage, SOURCE, model.preset, True)
+    drawn = stage.draw(seeded(), slice(0, 4))
+    points, cells = drawn["coords"], drawn["cells"]
+    if not crop:
+        assert points.shape == (4, training.POINTS, 2)
+        return
+    side = math.isqrt(points.shape[1])
+    size = round(2 / cells[0, 0].item())
+    assert side == min(crop, size)
+    window = points.view(4, side, side, 2)
+    torch.testing.assert_close(
+        window.diff(dim=1)[..., 0], torch.full((), 2 / size).expand(4, side - 1, side)
+    )
+    torch.testing.assert_close(
+        window.diff(dim=2)[..., 1], torch.full((), 2 / size).expand(4, side, side - 1)
+    )
+    assert falls(train_decoder(model.first_stage, SOURCE, model.preset, 30), 0.9)
+
+
+def test_a_joint_posterior_is_sampled_and_pulled_to_the_prior():
+    """A heavy divergence leaves nothing else: the encoder's output becomes a unit Gaussian."""
+    model = build(posterior=True, kl_weight=100.0, first_stage_lr=3e-3)
+    train_first_stage(model, SOURCE, 0, 60, joint=True)
+    with torch.no_grad():
+        posterior = model.first_stage.posterior(SOURCE(8, seeded()).image(16))
+    assert posterior.kl().mean() < 0.02
+    assert posterior.logvar.abs().mean() < 0.2
+
+
+def test_v_is_another_reading_of_the_same_network():
+    """A network that gives exactly v is read as the exact noise, and its loss is the error of v."""
+    model = build(prediction="v")
+    z0, noise, t = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 500, 999])
+    alpha_bar = model.schedule.at(t, z0)
+    v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * z0
+    model.denoiser.forward = lambda z, t, condition: v
+    eps = model.denoise()(model.schedule.add_noise(z0, t, noise), t)
+    torch.testing.assert_close(eps, noise, atol=1e-4, rtol=1e-4)
+    wrong = torch.randn(v.shape, generator=seeded())
+    model.denoiser.forward = lambda z, t, condition: v + wrong
+    stage = training.DiffusionStage(model, SOURCE, 4)
+    expected = wrong.square().mean()
+    torch.testing.assert_close(stage(z0, t, noise), expected, rtol=1e-3, atol=0)
+
+
+def test_v_learns_and_samples():
+    model = build(prediction="v")
+    assert falls(train_diffusion(model, SOURCE, steps=50, pool=64), 0.9)
+    assert model.generate(1, 16, steps=3).isfinite().all()
+
+
+@pytest.mark.skipif(not lpips_is_there(), reason="LPIPS needs AlexNet's weights (ARBSCALE_WEIGHTS)")
+def test_lpips_enters_the_losses():
+    sizes = {"image_size": 32, "target_sizes": (32, 40), "crop": 32}
+    ends = []
+    for weight in (0.0, 1.0):
+        model = build(lpips_weight=weight, **sizes)
+        torch.manual_seed(1)
+        ends.append(train_first_stage(model, SOURCE, 1, 1)[0])
+    assert ends[1] > ends[0] + 0.1
+
+
+# What a run changes, and what it must not ---------------------------------------------------------
+
+
+def test_a_cached_pool_trains_the_same(tmp_path):
+    ends = []
+    for run in (
+        None,
+        training.Run(tmp_path / "a", latents=tmp_path / "z"),
+        training.Run(latents=tmp_path / "z"),
+    ):
+        model = build(4)
+        ends.append(train_diffusion(model, SOURCE, 3, pool=20, run=run))
+    assert ends[0] == ends[1] == ends[2]
+    assert (tmp_path / "z" / "record.json").is_file()
+
+
+def test_memory_is_saved_without_a_change():
+    ends = []
+    for run in (None, training.Run(checkpointing=True), training.Run(accumulation=4)):
+        model = build()
+        ends.append(train_diffusion(model, SOURCE, 4, pool=16, run=run))
+    assert ends[1] == ends[0]
+    assert ends[2] == pytest.approx(ends[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"channels_last": True}])
+def test_other_arithmetic_learns_as_well(options):
+    run = training.Run(**options)
+    one, other = build(), build()
+    for model, r in ((one, None), (other, run)):
+        train_first_stage(model, SOURCE, 2, 2, run=r)
+    ends = [train_diffusion(m, SOURCE, 20, pool=16, run=r) for m, r in ((one, None), (other, run))]
+    assert ends[1] == pytest.approx(ends[0], rel=0.1)
+    assert all(p.is_contiguous() and p.dtype == torch.float32 for p in other.parameters())
+
+
+def test_previews_of_every_stage():
+    for low_size in (None, 4):
+        model = build(low_size)
+        helper = presets.build_decoder(model.preset)
+        stages = [
+            training.AutoencoderStage(model.first_stage.encoder, helper, SOURCE, model.preset),
+            training.DecoderStage(model.first_stage, SOURCE, model.preset, True),
+            training.AlignmentStage(model, SOURCE, None),
+        ]
+        for stage in stages:
+            items = stage.preview()
+            assert len(items) == 8 if stage is not stages[2] else 6
+            for (picture, _), (again, _) in zip(items, stage.preview(), strict=True):
+                assert picture.shape[0] == 3 and torch.equal(picture, again)
+
+
+def test_sources_know_what_they_draw(tmp_path):
+    """So that a cache of latents of other pictures is noticed."""
+    ramp = torch.linspace(-1, 1, 40).expand(3, 30, 40)
+    preset = shrunken()
+    assert photo_source([ramp], preset).identity == photo_source([ramp.clone()], preset).identity
+    assert photo_source([ramp], preset).identity != photo_source([-ramp], preset).identity
+    for name in "ab":
+        to_pil(ramp).save(tmp_path / f"{name}.png")
+    folder = ImageFolder(tmp_path)
+    known = {photo_source(images, preset).identity for images in (folder, Subset(folder, [1]))}
+    os.utime(tmp_path / "a.png", (1, 1))
+    known.add(photo_source(folder, preset).identity)
+    assert len(known) == 3
+    assert photo_source(ConcatDataset([folder]), preset).identity is None
+    assert scene_source(seed=1).identity != scene_source(seed=2).identity
+
+
+@pytest.mark.parametrize(
+    "draw", [SOURCE, photo_source([torch.rand(3, 40, 50) for _ in range(3)], shrunken())]
+)
+def test_parts_make_the_whole(draw):
+    whole = draw(6, seeded()).image(12)
+    parts = [draw(6, seeded(), part).image(12) for part in (slice(0, 2), slice(2, 6))]
+    assert torch.equal(torch.cat(parts), whole)
 
 
 # Errors -------------------------------------------------------------------------------------------

@@ -1,0 +1,159 @@
+"""What a training step looks at: batches of pictures that can be seen in any size.
+
+A batch is a function of the generator alone. Where several processes share a batch, each draws the
+random numbers of all of it and looks at its own part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from arbscale.coords import cell
+from arbscale.images import random_crop, resize
+from arbscale.presets import Preset
+from arbscale.scenes import Scenes, render_scenes, sample_scenes, scene_colors
+
+
+class Batch(Protocol):
+    """Some pictures that can be looked at in any size."""
+
+    def image(self, size: int) -> Tensor:
+        """Return the pictures at `size`, (B, 3, size, size) in [-1, 1]."""
+
+    def colors(self, size: int, coords: Tensor) -> Tensor:
+        """Return the pictures' pixels at `size`, (B, N, 3), at pixel centres (B, N, 2)."""
+
+
+class Source(Protocol):
+    """Something that draws pictures.
+
+    A plain function of `n` and `generator` will do as long as one process draws whole batches. One
+    with an attribute `identity`, a text that differs where the pictures do, lets latents be cached.
+    """
+
+    def __call__(self, n: int, generator: torch.Generator, part: slice | None = None) -> Batch:
+        """Draw n pictures and return those of `part`, by default all."""
+
+
+@dataclass(frozen=True)
+class SceneBatch:
+    """Continuous scenes: exact at every size."""
+
+    scenes: Scenes
+
+    def image(self, size: int) -> Tensor:
+        """Render the scenes."""
+        return render_scenes(self.scenes, size)
+
+    def colors(self, size: int, coords: Tensor) -> Tensor:
+        """Evaluate the scenes at the points alone."""
+        return scene_colors(self.scenes, coords, cell((size, size)).expand(len(coords), 2))
+
+
+@dataclass(frozen=True)
+class PhotoBatch:
+    """Crops of photographs (B, 3, s, s), resized with antialiasing."""
+
+    crops: Tensor
+
+    def image(self, size: int) -> Tensor:
+        """Resize the crops by antialiased bicubic interpolation."""
+        return resize(self.crops, size)
+
+    def colors(self, size: int, coords: Tensor) -> Tensor:
+        """Look the points up among the resized crops' pixels."""
+        pixels = self.image(size).flatten(2).mT  # (B, size*size, 3)
+        rows, cols = ((coords + 1) * (size / 2)).long().clamp(0, size - 1).unbind(-1)
+        return pixels.gather(1, (rows * size + cols)[..., None].expand(-1, -1, 3))
+
+
+@dataclass(frozen=True)
+class SceneSource:
+    """Draw runs of consecutive scenes from the first `count` of a seed's training split."""
+
+    count: int
+    seed: int
+
+    def __call__(self, n: int, generator: torch.Generator, part: slice | None = None) -> SceneBatch:
+        """Draw n scenes; see `Source`."""
+        first = int(torch.randint(self.count - n + 1, (), generator=generator))
+        wanted = range(n)[part or slice(None)]
+        return SceneBatch(sample_scenes(len(wanted), self.seed, first + wanted.start))
+
+    @property
+    def identity(self) -> str:
+        """Which scenes these are."""
+        return f"scenes {self.seed}, {self.count}"
+
+
+@dataclass(frozen=True)
+class PhotoSource:
+    """Draw random crops of photographs (3, H, W), flipped half of the time.
+
+    The crop's side is drawn for the whole batch, uniform in `sides`.
+    """
+
+    images: Sequence[Tensor]
+    sides: tuple[int, int]
+
+    def __call__(self, n: int, generator: torch.Generator, part: slice | None = None) -> PhotoBatch:
+        """Draw n crops, each by a generator of its own: only those of `part` are read."""
+        side = int(torch.randint(self.sides[0], self.sides[1] + 1, (), generator=generator))
+        picks = torch.randint(len(self.images), (n,), generator=generator).tolist()
+        seeds = torch.randint(1 << 62, (n,), generator=generator).tolist()
+        crops = [self._crop(picks[i], side, seeds[i]) for i in range(n)[part or slice(None)]]
+        return PhotoBatch(torch.stack(crops))
+
+    def _crop(self, index: int, side: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        crop = random_crop(self.images[index], side, generator)
+        return crop.flip(-1) if torch.rand((), generator=generator) < 0.5 else crop
+
+    @cached_property
+    def identity(self) -> str | None:
+        """Which photographs and sides these are; None where only reading them all could tell."""
+        pictures = _identity(self.images)
+        return pictures and f"photographs {pictures}, crops {self.sides}"
+
+
+def scene_source(count: int = 1 << 20, seed: int = 0) -> SceneSource:
+    """Draw from the first `count` scenes of a seed's training split."""
+    return SceneSource(count, seed)
+
+
+def photo_source(images: Sequence[Tensor], preset: Preset) -> PhotoSource:
+    """Draw random crops of photographs (3, H, W), flipped half of the time.
+
+    The crop's side is uniform between the encoder's input and the largest target, so that the
+    model sees details at several scales.
+    """
+    smallest = preset.image_size
+    return PhotoSource(images, (smallest, max(smallest, preset.target_sizes[1])))
+
+
+def _identity(images: Any) -> str | None:
+    """Hash the files' names, sizes and times; or the pixels of pictures held in memory."""
+    digest = hashlib.sha256()
+    if isinstance(images, Subset):
+        whole = _identity(images.dataset)
+        digest.update(json.dumps([whole, list(images.indices)]).encode())
+        return whole and digest.hexdigest()
+    if hasattr(images, "paths"):
+        stats = [(path, path.stat()) for path in images.paths]
+        files = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        digest.update(json.dumps(files).encode())
+        return digest.hexdigest()
+    if not isinstance(images, list | tuple):
+        return None
+    for image in images:
+        digest.update(str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes())
+    return digest.hexdigest()
