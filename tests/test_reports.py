@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +98,21 @@ def test_reports_are_written_whole_and_read_back(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match="no report of"):
             reports.read(path)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = [p for p in sorted(ROOT.glob("data/*/*.json")) if p.name != "manifest.json"]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_published_results_are_of_the_weights_that_ship(path):
+    files = json.loads((path.parent / "manifest.json").read_text())["files"]
+    assert json.loads(path.read_text())["weights"] == [file["sha256"] for file in files]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_published_tables_are_those_of_the_command(path):
+    """Nothing between a measurement and the README was typed by hand."""
+    rows = [x for x in reports.table(reports.read(path)).splitlines() if x.startswith("| ")]
+    published = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert rows and not [row for row in rows if row not in published]
