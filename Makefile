@@ -92,7 +92,7 @@ for path in sys.argv[1:]:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         for data in [output.get("data", {}) for output in cell.get("outputs", [])]:
-            if len(data.get("image/png", "")) > 100_000:
+            if len(data.get("image/png", "")) > 20_000:
                 data["image/png"] = smaller(data["image/png"])
     nbformat.write(notebook, path)
 endef
