@@ -1,4 +1,4 @@
-"""Where a training's time goes: how fast data come and are used, and one step's parts."""
+"""Where a training's time goes: how fast data come, how fast they are used, what a step does."""
 
 from __future__ import annotations
 

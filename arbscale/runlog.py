@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 from torch import Tensor
@@ -49,7 +48,7 @@ class RunLog:
 
         from arbscale.viz import contact_sheet
 
-        sheet = contact_sheet(pictures, columns=math.isqrt(len(pictures) - 1) + 1, box=200)
+        sheet = contact_sheet(pictures, columns=2, box=200)  # they come in pairs
         path = self.folder / "samples" / f"{self.stage}-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         sheet.save(path)

@@ -206,12 +206,13 @@ def _claim(folder: Path, options: TrainOptions) -> None:
     """Write the configuration, or see that a resumed run has the one it was begun with."""
     path = folder / CONFIG
     now = json.loads(json.dumps(asdict(options), default=str))
-    if path.is_file():
-        if not options.run.resume:
-            raise ValueError(
-                f"{folder} already holds a run; add --resume to go on with it, or name another by "
-                "--folder"
-            )
+    begun = any((folder / "checkpoints").glob("*/step-*"))
+    if begun and not options.run.resume:
+        raise ValueError(
+            f"{folder} already holds a run; add --resume to go on with it, or name another by "
+            "--folder"
+        )
+    if begun and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))["options"]
         kept = ("data", "seed", "joint", "start", "pool", "parts", "subset")
         changed = [k for k in kept if before[k] != now[k]]

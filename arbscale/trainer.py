@@ -115,7 +115,7 @@ class _Training:
         self.stage, self.steps, self.seed, self.run = stage, steps, seed, run
         self.accelerator = make_accelerator(run, next(stage.parameters()).device)
         self.folder = run.folder and Path(run.folder) / "checkpoints" / stage.name
-        self.step, self.losses, self.seconds, self.saved = 0, [], 0.0, None
+        self.step, self.losses, self.seconds = 0, [], 0.0
 
     def fit(self) -> list[float]:
         """Train from where the folder's newest checkpoint stands."""
@@ -125,7 +125,10 @@ class _Training:
             return found[0]["losses"].tolist()
         try:
             self._build(found)
-            self._loop() if self.step < self.steps else self._finish()
+            if self.step < self.steps:
+                self._loop()
+            else:
+                self._finish()
         except OSError as error:
             raise RuntimeError(f"{self.stage.name}: {error}; {self._mend()}") from error
         finally:
@@ -185,7 +188,7 @@ class _Training:
         self.log = RunLog(run.folder, stage.name, self.step, accelerator.is_main_process)
 
     def _restore(self, tensors: dict[str, Tensor], record: dict) -> None:
-        self.step = self.saved = record["step"]
+        self.step = record["step"]
         self.losses, self.seconds = tensors["losses"].tolist(), record["seconds"]
         if self.average is not None:
             self.average.load_state_dict(_under("average", tensors))
@@ -202,11 +205,12 @@ class _Training:
         parts, accelerator = self.run.accumulation, self.accelerator
         wanted = range(self.step * parts, self.steps * parts)
         shared = accelerator.num_processes, accelerator.process_index
-        batches = iter(loader(self.stage, wanted, self.seed, self.run, *shared))
         with (
             _signals_noted(self.folder is not None) as signals,
             tqdm(desc=self.stage.name, disable=not main, **options) as bar,
         ):
+            # Begun here so that its workers, too, outlive the first Ctrl-C.
+            batches = iter(loader(self.stage, wanted, self.seed, self.run, *shared))
             while self.step < self.steps:
                 started = time.perf_counter()
                 loss, waited, stop = self._advance(batches, signals)
@@ -333,7 +337,6 @@ class _Training:
             }
             keep = 1 if finished else self.run.keep
             checkpoints.save(self.folder, self.step, tensors, record, keep)
-        self.saved = self.step
         self.accelerator.wait_for_everyone()
 
     def _optimiser_tensors(self) -> dict[str, Tensor]:

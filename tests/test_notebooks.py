@@ -18,6 +18,7 @@ NAMES = [
     "05_alignment",
     "06_sampling_at_any_scale",
     "07_metrics",
+    "09_train_your_own",
 ]
 FOUND = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 BOOTSTRAP = f"""# On Colab this installs the package; elsewhere it does nothing.
