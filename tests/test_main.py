@@ -132,7 +132,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("ARBSCALE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ARBSCALE_WEIGHTS", raising=False)
-    metrics._lpips_network.cache_clear()
+    metrics.lpips_network.cache_clear()
 
 
 def report_of(path):
