@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from arbscale.images import load_image
-from arbscale.metrics import lpips_network, lpips, lpips_is_there, psnr, self_ssim, ssim
+from arbscale.metrics import lpips, lpips_is_there, lpips_network, psnr, self_ssim, ssim
 
 GOLDEN = Path(__file__).parent / "golden" / "selfssim.safetensors"
 
