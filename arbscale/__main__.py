@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from arbscale import bench as benchmark
-from arbscale import evaluation
+from arbscale import evaluation, reports
 from arbscale.coords import Size, check_size, scaled_size
 from arbscale.images import load_image, resize, to_pil
 from arbscale.model import ArbitraryScaleModel, pick_device
+from arbscale.resume import Partial
 
 MAX_PIXELS = 400_000_000  # of an output file; more than a picture viewer opens
 
@@ -76,30 +76,101 @@ def upscale(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score a model beside its baselines on unseen pictures; print a table, write JSON."""
-    from arbscale.data import open_dataset
-
+    started = time.perf_counter()
     model = ArbitraryScaleModel.load(args.model).to(pick_device())
-    images = None
+    task = args.task or ("upscale" if model.preset.low_size else "reconstruct")
+    args.data = args.data or ("photos" if model.preset.low_size else "scenes")
+    run = _evaluate_generation if task == "generate" else _evaluate_pairs
+    report, partial = run(args, model, task)
+    report["timing"] = {"seconds": round(time.perf_counter() - started, 1)}
+    _report(report, args.output)
+    partial.finish()
+
+
+def _evaluate_pairs(args: argparse.Namespace, model: ArbitraryScaleModel, task: str) -> Any:
+    from arbscale.data import open_dataset
+    from arbscale.features import fingerprint
+    from arbscale.protocols import get_protocol
+
+    if task == "upscale" and not model.preset.low_size:
+        raise ValueError(f"{args.model} is a generator; take --task reconstruct or generate")
+    split = args.split or ("test" if args.data == "scenes" else "val")
+    images = open_dataset(args.data, split)
+    n = args.number or (32 if args.data == "scenes" else len(images))
+    if n > len(images):
+        raise ValueError(f"{args.data}, {split} has {len(images)} pictures, fewer than {n}")
+    rule, sampling = get_protocol(args.protocol), _sampling(args, task)
+    with_lpips = evaluation.lpips_or_why_not()
+    choices = evaluation.pair_protocol(rule, images, task, n, sampling, with_lpips)
+    report = reports.header(model, task, {"data": args.data, "split": split, **choices})
+    partial = _partial(args, report, fingerprint(images))
+
+    def rows(index: int, scale: float) -> evaluation.Rows:
+        if task == "reconstruct":
+            return evaluation.reconstruction_rows(model, images, index, scale, rule)
+        return evaluation.upscaling_rows(model, images[index], scale, rule, sampling, index)
+
+    report["results"] = evaluation.evaluate_pairs(rows, rule, args.scales, n, partial, with_lpips)
+    return report, partial
+
+
+def _evaluate_generation(args: argparse.Namespace, model: ArbitraryScaleModel, task: str) -> Any:
+    from arbscale import generation
+    from arbscale.data import open_dataset
+    from arbscale.features import fingerprint
+
     if model.preset.low_size:
-        images = open_dataset(args.data, args.split)
-        images = list(images.values()) if isinstance(images, dict) else images
-    n = args.number or (len(images) if images is not None else 32)
-    report = evaluation.evaluate(model, images, args.scales, n, args.seed)
-    report["protocol"]["data"] = f"{args.data}, {args.split}" if images is not None else "scenes"
-    report["command"] = "python -m arbscale " + " ".join(sys.argv[1:])
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(evaluation.table(report))
+        raise ValueError(f"{args.model} is a super-resolution model; take --task upscale")
+    n = args.number or 1000
+    split = args.split or "train"
+    others = "test" if split != "test" else "train"
+    real, unseen = (open_dataset(args.data, s) for s in (split, others))
+    side = model.preset.image_size
+    job = generation.Job(
+        model,
+        generation.RealPictures(real, min(n, len(real))),
+        generation.RealPictures(unseen, min(n, len(unseen))),
+        tuple(args.sizes or [(side, side), (2 * side, 2 * side)]),
+        n,
+        args.features,
+        _sampling(args, task),
+    )
+    generation.check(job, args.allow_few)
+    choices = {"data": args.data, "split": split, "others' split": others}
+    report = reports.header(model, task, choices | generation.protocol(job))
+    partial = _partial(args, report, fingerprint(real) + fingerprint(unseen))
+    report["results"] = generation.evaluate_generation(job, partial)
+    return report, partial
+
+
+def _sampling(args: argparse.Namespace, task: str) -> evaluation.Sampling:
+    steps = args.steps or (10 if task == "upscale" else 20)
+    return evaluation.Sampling(args.sampler, steps, args.seed)
+
+
+def _partial(args: argparse.Namespace, report: dict, pictures: str) -> Partial:
+    """Keep finished pieces beside the output, for this report and these pictures alone."""
+    folder = args.output and args.output.with_suffix(".partial")
+    return Partial(folder, {**report, "command": None, "fingerprint": pictures})
+
+
+def _report(report: dict, output: Path | None) -> None:
+    if output:
+        reports.write(report, output)
+    print(reports.table(report))
+
+
+def table(args: argparse.Namespace) -> None:
+    """Print the results in JSON files of evaluate and bench as markdown tables."""
+    print("\n\n".join(reports.table(reports.read(path)) for path in args.reports))
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Time LIIF.render beside the usual form on this machine's CPU."""
-    rows = benchmark.compare(args.repeats)
-    print(f"256 x 256 from 64 x 64 x 128, 4 x 256 hidden; {torch.get_num_threads()} threads")
-    for name, median, spread in rows:
-        print(f"{name:56} {1000 * median:7.0f} ms (spread {1000 * spread:.0f} ms)")
-    print(f"{rows[0][1] / rows[1][1]:.2f} times faster")
+    """Time a model per size, end to end and for decoding alone, beside the usual forms."""
+    model = ArbitraryScaleModel.load(args.model).to(pick_device())
+    seconds = 0.0 if args.quick else args.seconds
+    report = benchmark.measure(model, args.sizes, args.batch, args.steps, seconds)
+    _report(report, args.output)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -107,6 +178,37 @@ def train(args: argparse.Namespace) -> None:
     from arbscale import train_command
 
     train_command.train(train_command.parse(args.words))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Read every picture below a folder; print what is used, converted, skipped, and why."""
+    from arbscale.check import check_folder, splits
+    from arbscale.data import find_folder
+
+    root = find_folder(args.folder)
+    report = check_folder(root)
+    if args.list:
+        _print(report.listing())
+    _print(report.summary())
+    if not report.used:
+        raise ValueError(f"no picture in {root} can be used")
+    _print(f"splits:\n{splits(root)}")
+
+
+def download(args: argparse.Namespace) -> None:
+    """Fetch DIV2K or AFHQ's cats; what an earlier call left unfinished is gone on with."""
+    from arbscale import download as downloads
+    from arbscale.data import data_root
+
+    for folder in downloads.download(args.name, args.output or data_root()):
+        _print(f"{folder} is complete")
+    print(downloads.TERMS[args.name])
+
+
+def _print(text: str) -> None:
+    """Print names of files, which may hold what the terminal cannot show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _check_output(path: Path, size: Size) -> None:
@@ -173,23 +275,27 @@ def parser() -> argparse.ArgumentParser:
         text = function.__doc__
         sub = commands.add_parser(function.__name__, help=text, description=text)
         sub.set_defaults(function=function)
-        if function is not bench:
-            sub.add_argument("--seed", type=int, default=0, help="decides everything; default 0")
+        if function not in (bench, table, check, download):
+            sub.add_argument(
+                "--seed", type=int, default=0, help="decides everything; default %(default)s"
+            )
         return sub
 
-    def sampling(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--steps", type=_count, default=20, help="denoising steps; default 20")
+    def sampling(sub: argparse.ArgumentParser, steps: int) -> None:
+        text = "denoising steps; default %(default)s"
+        sub.add_argument("--steps", type=_count, default=steps, help=text)
         sub.add_argument("--sampler", default="dpm_solver_pp", help="or ddim, or ddpm")
         sub.add_argument("-o", "--output", type=Path, required=True, help="a picture file")
 
     sub = command(demo)
+    sub.set_defaults(seed=3)
     sub.add_argument("-o", "--output", type=Path, default=Path("outputs/demo.png"))
 
     sub = command(generate)
     sub.add_argument("model", nargs="?", default="scenes", help="name or folder; default scenes")
     sub.add_argument("-n", "--number", type=_count, default=1, help="of pictures; default 1")
     sub.add_argument("--size", type=_size, default=(256, 256), help="256 or 75x100")
-    sampling(sub)
+    sampling(sub, 20)
 
     sub = command(upscale)
     sub.add_argument("image", type=Path, help="a picture file")
@@ -197,20 +303,50 @@ def parser() -> argparse.ArgumentParser:
     wanted = sub.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--scale", type=_scale, help="a positive number such as 3.7")
     wanted.add_argument("--size", type=_size, help="1080 or 1080x1920 (height x width)")
-    sampling(sub)
+    sampling(sub, 10)
 
     sub = command(evaluate)
     sub.add_argument("model", help="name or folder")
     sub.add_argument(
-        "--data", default="photos", help="'photos', a folder or a name; not for scenes"
+        "--task",
+        choices=("reconstruct", "upscale", "generate"),
+        help="default: upscale for a super-resolution model, else reconstruct",
     )
-    sub.add_argument("--split", default="val", help="train, val or test")
+    sub.add_argument("--data", help="'scenes', 'photos', a folder, or a name")
+    sub.add_argument("--split", help="train, val, test or all; default val, train to generate")
     sub.add_argument("--scales", type=_scale, nargs="+", default=[2, 3.7, 6])
-    sub.add_argument("-n", "--number", type=_count, help="of pictures; default all, or 32 scenes")
+    sub.add_argument("--sizes", type=_size, nargs="+", help="to generate at: 128 or 75x100")
+    sub.add_argument("-n", "--number", type=_count, help="of pictures; default all, or 1000")
+    sub.add_argument("--protocol", default="whole", help="whole, benchmark, div2k, paper_faces ...")
+    sub.add_argument(
+        "--features",
+        default="encoder",
+        help="of the distances: encoder, alexnet, vgg16, or inception (FID); default encoder",
+    )
+    sub.add_argument("--allow-few", action="store_true", help="FID of fewer than 2048 pictures")
+    sub.add_argument("--steps", type=_count, help="denoising steps; default 20, 10 to upscale")
+    sub.add_argument("--sampler", default="dpm_solver_pp", help="or ddim, or ddpm")
     sub.add_argument("-o", "--output", type=Path, help="a JSON file")
 
+    sub = command(table)
+    sub.add_argument("reports", type=Path, nargs="+", help="JSON files")
+
     sub = command(bench)
-    sub.add_argument("--repeats", type=_count, default=5)
+    sub.add_argument("model", nargs="?", default="scenes", help="name or folder; default scenes")
+    sub.add_argument("--sizes", type=_size, nargs="+", default=[(64, 64), (128, 128), (256, 256)])
+    sub.add_argument("--batch", type=_count, default=1, help="pictures a call; default 1")
+    sub.add_argument("--steps", type=_count, default=20, help="denoising steps; default 20")
+    sub.add_argument("--seconds", type=float, default=2.0, help="a row's time; default 2")
+    sub.add_argument("--quick", action="store_true", help="time each row once")
+    sub.add_argument("-o", "--output", type=Path, help="a JSON file")
+
+    sub = command(check)
+    sub.add_argument("folder", help="a folder, or one below ARBSCALE_DATA")
+    sub.add_argument("--list", action="store_true", help="print a line for each file, too")
+
+    sub = command(download)
+    sub.add_argument("name", help="div2k or afhq")
+    sub.add_argument("-o", "--output", type=Path, help="a folder; default ARBSCALE_DATA")
 
     commands.add_parser("train", help=train.__doc__, add_help=False).set_defaults(function=train)
     return main

@@ -1,8 +1,10 @@
 """Data sets: sequences of pictures.
 
-A picture is a float32 tensor (3, H, W) in [-1, 1]. `ContinuousScenes` and `sample_photos` need no
-download; `ImageFolder` opens any folder. What is done to a single picture is in `images.py` and can
-be imported from here too.
+A picture is a float32 tensor (3, H, W) in [-1, 1]. `open_dataset` opens one by name or by path:
+scenes and sample photographs need no download; DIV2K, AFHQ's cats and any folder are read by
+`folders.py`, which says what becomes of bad files; CelebA, LSUN and Flowers102 by torchvision. Any
+of them goes into `PatchDataset` and `PairDataset`. What is done to a single picture is in
+`images.py`; it and `ImageFolder` can be imported from here too.
 """
 
 from __future__ import annotations
@@ -15,17 +17,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from .coords import Size, check_size
-from .images import load_image, low_high_pair, random_crop, resize, to_pil, to_tensor, to_uint8
+from .folders import SPLITS, ImageFolder, check_split, open_folder
+from .images import load_image, low_high_pair, random_crop, resize, to_pil, to_tensor
 from .scenes import render_scenes, sample_scenes
 
 __all__ = [
     "ContinuousScenes",
     "ImageFolder",
+    "PairDataset",
     "PatchDataset",
+    "TorchvisionPictures",
     "data_root",
+    "find_folder",
     "load_image",
     "low_high_pair",
     "open_dataset",
@@ -36,9 +42,6 @@ __all__ = [
     "to_tensor",
 ]
 
-EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-SPLITS = ("train", "val", "test")
-CACHE_BYTES = 1 << 30  # decoded pictures that one ImageFolder keeps in memory
 _SCENES_PER_SPLIT = 1 << 28
 _SAMPLE_PHOTOS = {
     "astronaut": "astronaut.png",
@@ -53,11 +56,6 @@ _SAMPLE_PHOTOS = {
 _SAMPLE_SPLITS = {"val": ("coffee", "rocket"), "test": ("astronaut", "cat")}
 
 
-def _check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"a split is one of {', '.join(SPLITS)}, got {split!r}")
-
-
 class ContinuousScenes(Dataset):
     """Procedural landscapes rendered at `size`: item i is always the same picture (3, H, W).
 
@@ -67,7 +65,7 @@ class ContinuousScenes(Dataset):
     def __init__(
         self, count: int = 10_000, size: int | Size = 64, seed: int = 0, split: str = "train"
     ) -> None:
-        _check_split(split)
+        check_split(split)
         if not 0 < count <= _SCENES_PER_SPLIT:
             raise ValueError(f"count is from 1 to {_SCENES_PER_SPLIT}, got {count}")
         self.count, self.size, self.seed = count, check_size(size), seed
@@ -104,74 +102,26 @@ def sample_photos() -> dict[str, Tensor]:
     return photos
 
 
-class ImageFolder(Dataset):
-    """Every picture below a folder, or those of a split list, in sorted or in listed order.
-
-    `split_list` is a text file with one path relative to the folder per line. Item i is (3, H, W)
-    in [-1, 1], of 8 bits. Decoded pictures stay in memory up to `CACHE_BYTES`.
-    """
-
-    def __init__(self, root: str | Path, split_list: str | Path | None = None) -> None:
-        root = Path(root).expanduser()
-        if not root.is_dir():
-            raise FileNotFoundError(f"there is no folder {root}; check the path")
-        if split_list is None:
-            found = (p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-            visible = (p for p in found if not p.name.startswith("."))
-            self.paths = sorted(visible, key=lambda p: p.relative_to(root).as_posix())
-        else:
-            self.paths = _listed(root, Path(split_list).expanduser())
-        if not self.paths:
-            raise ValueError(
-                f"no picture in {split_list or root}; wanted files ending in "
-                f"{', '.join(sorted(EXTENSIONS))}"
-            )
-        self.root = root
-        self._cache: dict[int, Tensor] = {}
-        self._cached_bytes = 0
-
-    def __len__(self) -> int:
-        """Return the number of pictures."""
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Return picture `index`, (3, H, W) in [-1, 1]."""
-        index = range(len(self))[index]
-        pixels = self._cache.get(index)
-        if pixels is None:
-            pixels = to_uint8(load_image(self.paths[index]))
-            if self._cached_bytes + pixels.numel() <= CACHE_BYTES:
-                self._cache[index] = pixels
-                self._cached_bytes += pixels.numel()
-        return to_tensor(pixels)
-
-
-def _listed(root: Path, split_list: Path) -> list[Path]:
-    """Return the files that a split list names; errors name the first bad line."""
-    if not split_list.is_file():
-        raise FileNotFoundError(f"there is no split list {split_list}; check the path")
-    lines = split_list.read_text(encoding="utf-8-sig").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
-    for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{split_list} names {name!r}; wanted paths inside {root}")
-        if not (root / name).is_file():
-            raise FileNotFoundError(f"{split_list} names {name!r}, which {root} does not hold")
-    return [root / name for name in names]
-
-
 class PatchDataset(Dataset):
     """Random crops (3, size, size) of pictures, one of each picture per epoch.
 
-    With `augment` half of them are flipped left to right. A crop is a function of the seed, the
-    index and `epoch`, so set `epoch` before each pass (persistent workers do not see it).
+    With `augment` half of them are flipped left to right; with `rotate`, for pictures without an
+    upright, they are turned by a random multiple of 90 degrees, too. A crop is a function of the
+    seed, the index and `epoch`, so set `epoch` before each pass (persistent workers do not see it).
     """
 
     def __init__(
-        self, images: Sequence[Tensor] | Dataset, size: int, augment: bool = True, seed: int = 0
+        self,
+        images: Sequence[Tensor] | Dataset,
+        size: int | Size,
+        augment: bool = True,
+        seed: int = 0,
+        rotate: bool = False,
     ) -> None:
         self.images, self.size, self.augment, self.seed = images, check_size(size), augment, seed
-        self.epoch = 0
+        if rotate and self.size[0] != self.size[1]:
+            raise ValueError(f"rotate needs a square crop, got {self.size}")
+        self.rotate, self.epoch = rotate, 0
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -185,7 +135,28 @@ class PatchDataset(Dataset):
         crop = random_crop(self.images[index], self.size, generator)
         if self.augment and torch.rand((), generator=generator) < 0.5:
             crop = crop.flip(-1)
+        if self.rotate:
+            crop = crop.rot90(int(torch.randint(4, (), generator=generator)), (-2, -1))
         return crop.contiguous()
+
+
+class PairDataset(Dataset):
+    """Low- and high-resolution pairs of pictures, whole or patches, at any real scale of 1 or more.
+
+    Item i is `low_high_pair(images[i], scale)`: the low picture by antialiased bicubic reduction,
+    the high one of exactly `round(scale * low)`.
+    """
+
+    def __init__(self, images: Sequence[Tensor] | Dataset, scale: float) -> None:
+        self.images, self.scale = images, scale
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return pair `index`: (3, h, w) and (3, H, W), in [-1, 1]."""
+        return low_high_pair(self.images[range(len(self))[index]], self.scale)
 
 
 def data_root() -> Path:
@@ -202,52 +173,127 @@ def data_root() -> Path:
     return root
 
 
-def open_dataset(name: str | Path, split: str = "train") -> Sequence[Tensor] | Dataset:
-    """Return the pictures of one split of "scenes", "photos" or a folder, each (3, H, W).
+def open_dataset(
+    name: str | Path,
+    split: str = "train",
+    subset: int | None = None,
+    parts: Sequence[float] = (0.8, 0.1, 0.1),
+    seed: int = 0,
+) -> Sequence[Tensor] | Dataset:
+    """Return the pictures of one split of a data set, each (3, H, W) in [-1, 1].
 
-    A folder is a path, or relative to `data_root()`. Its splits are, in this order: the list
-    `<split>.txt`, whose paths start at the folder, at its `<split>/` or at its `images/`; DIV2K's
-    `DIV2K_train_HR` and `DIV2K_valid_HR`; else a seeded 80/10/10 partition. "all" is every picture.
+    Parameters
+    ----------
+    name
+        "scenes", "photos"; "celeba", "flowers102" or "lsun_<category>", read by torchvision below
+        `data_root()`; a folder, or one below `data_root()`: "div2k" and "afhq_cats" are put there
+        by `python -m arbscale download`.
+    split
+        "train", "val", "test", or "all". Those of a folder are, in this order: the list
+        `<split>.txt`, whose paths start at the folder, at its `<split>/` or at its `images/`; its
+        sub-folders `train`, `val`, `test` (DIV2K: `DIV2K_train_HR`, `DIV2K_valid_HR`); the lists
+        beside the folder; else a seeded partition. Of a folder's "train" a file that turns out
+        damaged is replaced by the next; in the others reading it is an error.
+    subset
+        Keep this many pictures of the split, drawn by the seed; a larger subset holds a smaller.
+    parts
+        Of the partition: counts such as (800, 100, 100), or fractions.
+    seed
+        Of the partition and the subset.
+
     """
-    if name in ("scenes", "photos"):
-        _check_split(split)
-        if name == "scenes":
-            return ContinuousScenes(10_000 if split == "train" else 1_000, split=split)
+    images = _open(name, split, parts, seed)
+    if subset is None:
+        return images
+    if not 1 <= subset <= len(images):
+        raise ValueError(f"a subset of {len(images)} pictures has 1 to that many, got {subset}")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return Subset(images, sorted(order[:subset].tolist()))
+
+
+def _open(
+    name: str | Path, split: str, parts: Sequence[float], seed: int
+) -> Sequence[Tensor] | Dataset:
+    if name == "scenes":
+        return ContinuousScenes(10_000 if split == "train" else 1_000, split=split)
+    if name == "photos":
+        check_split(split)
         photos = sample_photos()
         held_out = {n: s for s, names in _SAMPLE_SPLITS.items() for n in names}
         return [photo for n, photo in photos.items() if held_out.get(n, "train") == split]
+    if isinstance(name, str) and _set_of(name) in _TORCHVISION:
+        return TorchvisionPictures(name, split, data_root())
+    return open_folder(find_folder(name), split, parts, seed)
+
+
+def find_folder(name: str | Path) -> Path:
+    """Return the folder of that path, or of that name below `data_root()`."""
     root = Path(name).expanduser()
     root = root if root.is_dir() else data_root() / name
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"{str(name)!r} is neither 'scenes', 'photos', a folder, nor a folder in {data_root()}"
-        )
-    if split == "all":
-        return ImageFolder(root)
-    split_list = root / f"{split}.txt"
-    if split_list.is_file():
-        first = split_list.read_text(encoding="utf-8-sig").partition("\n")[0].strip()
-        places = [p for p in (root, root / split, root / "images") if (p / first).is_file()]
-        return ImageFolder(places[0] if first and places else root, split_list)
-    lists = [s for s in SPLITS if (root / f"{s}.txt").is_file()]
-    if lists:
-        raise FileNotFoundError(f"{root} has no {split}.txt; it has lists for {', '.join(lists)}")
-    _check_split(split)
-    div2k = {"train": root / "DIV2K_train_HR", "val": root / "DIV2K_valid_HR"}
-    if any(folder.is_dir() for folder in div2k.values()):
-        if split not in div2k:
-            raise ValueError("DIV2K's test originals were never published; use its 'val'")
-        return ImageFolder(div2k[split])
-    return _partition(ImageFolder(root), split)
+    if root.is_dir():
+        return root
+    hint = {"div2k": "div2k", "afhq_cats": "afhq"}.get(str(name))
+    raise FileNotFoundError(
+        f"{str(name)!r} is neither the name of a data set, a folder, nor a folder in {data_root()}"
+        + (f"; `python -m arbscale download {hint}` fetches it" if hint else "")
+    )
 
 
-def _partition(images: ImageFolder, split: str) -> ImageFolder:
-    """Keep one part of a folder: a tenth for val, a tenth for test, the rest for train."""
-    n = len(images)
-    tenth = max(1, n // 10)
-    if n < 3:
-        raise ValueError(f"{n} pictures in {images.root} cannot be split in three; use split='all'")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
-    parts = {"val": order[:tenth], "test": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
-    images.paths = [images.paths[i] for i in sorted(parts[split])]
-    return images
+class TorchvisionPictures(Dataset):
+    """The pictures alone of torchvision's CelebA, Flowers102 or LSUN ("lsun_tower", ...).
+
+    They are looked for where torchvision puts them below `root`: `celeba/`, `flowers-102/`, and
+    LSUN's databases `lsun/tower_train_lmdb/`, ... Of LSUN torchvision keeps a list of keys, as a
+    pickle, in the current folder and reads it again: work in a folder that is yours.
+    """
+
+    def __init__(self, name: str, split: str, root: Path) -> None:
+        if split != "all":
+            check_split(split)
+        splits = [s for s in SPLITS if split in ("all", s)]
+        if name.startswith("lsun"):
+            splits = [s for s in splits if s != "test"]  # its test pictures have no category
+        if not splits:
+            raise ValueError(f"{name} has no {split!r}; it has train and val")
+        try:
+            self.images = ConcatDataset([_torchvision(name, s, root) for s in splits])
+        except ImportError as error:
+            raise RuntimeError(f"{name} needs a package: pip install {error.name}") from error
+        except (RuntimeError, OSError) as error:
+            raise FileNotFoundError(
+                f"{name} is not in {root}, or not whole ({error}); {_TORCHVISION[_set_of(name)]}"
+            ) from error
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return picture `index`, (3, H, W) in [-1, 1]."""
+        return to_tensor(self.images[range(len(self))[index]][0])
+
+
+_TORCHVISION = {  # and where they come from
+    "celeba": "fetch it with torchvision.datasets.CelebA(ARBSCALE_DATA, download=True)",
+    "flowers102": "fetch it with torchvision.datasets.Flowers102(ARBSCALE_DATA, download=True)",
+    "lsun": "fetch and unzip it with github.com/fyu/lsun; names are lsun_tower, lsun_bedroom, ...",
+}
+
+
+def _set_of(name: str) -> str:
+    """Return the key in `_TORCHVISION`; a folder may still be called celeba_hq."""
+    return "lsun" if name == "lsun" or name.startswith("lsun_") else name
+
+
+def _torchvision(name: str, split: str, root: Path) -> Dataset:
+    from torchvision import datasets
+
+    if name == "celeba":
+        return datasets.CelebA(root, "valid" if split == "val" else split, target_type=[])
+    if name == "flowers102":
+        return datasets.Flowers102(root, split)
+    category = name.removeprefix("lsun_")
+    database = root / "lsun" / f"{category}_{split}_lmdb"
+    if not database.is_dir():
+        raise FileNotFoundError(f"there is no folder {database}")
+    return datasets.LSUN(str(root / "lsun"), [f"{category}_{split}"])

@@ -1,9 +1,10 @@
-"""Scores of a model on unseen pictures, beside its baselines."""
+"""Scores of pictures against their truth: reconstruction and up-sampling, beside the baselines."""
 
 from __future__ import annotations
 
-import platform
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -11,57 +12,123 @@ from tqdm.auto import tqdm
 
 from arbscale import metrics
 from arbscale.coords import scaled_size
-from arbscale.images import low_high_pair, resize, to_uint8
+from arbscale.data import ContinuousScenes
+from arbscale.images import resize
 from arbscale.model import ArbitraryScaleModel, back_project
+from arbscale.protocols import Protocol, eight_bits
+from arbscale.resume import Partial
 from arbscale.scenes import render_scenes, sample_scenes
+from arbscale.tiles import Tile
 
 Rows = dict[str, Tensor]
 """Pictures by method, all of one size (1, 3, H, W); "truth" is the reference."""
 
-
-def eight_bits(image: Tensor) -> Tensor:
-    """Round a picture in [-1, 1] to 8 bits, as a file would."""
-    return to_uint8(image).float() / 127.5 - 1
+OWN = "bicubic of own training-size output"
 
 
-def scene_rows(model: ArbitraryScaleModel, index: int, scale: float) -> Rows:
-    """Reconstruct a test scene at `scale` times the training size.
+@dataclass(frozen=True)
+class Sampling:
+    """How latents are drawn."""
 
-    The truth is the scene itself, rendered at that size. The baseline enlarges the model's own
-    training-size output by bicubic interpolation, which is all that a fixed-size decoder offers.
+    sampler: str = "dpm_solver_pp"
+    steps: int = 20
+    seed: int = 0
+
+
+@torch.no_grad()
+def reconstruction_rows(
+    model: ArbitraryScaleModel, images: Sequence[Tensor], index: int, scale: float, rule: Protocol
+) -> Rows:
+    """Encode a small picture and render it `scale` times larger.
+
+    Scenes are encoded at the training size, and the truth is the scene itself at the larger size.
+    Of a photograph the small picture is the reduction that the protocol asks for, cropped to whole
+    latent pixels. The baselines enlarge the small picture, and the model's own output at the small
+    size, which is all that a fixed-size decoder offers.
     """
-    side = model.preset.image_size
-    scenes = sample_scenes(1, seed=0, first=(1 << 29) + index)
-    z = model.first_stage.encode(render_scenes(scenes, side).to(model.device))
-    features = model.first_stage.features(z)
-    size = scaled_size((side, side), scale)
-    own, ours = (model.first_stage.render(features, s).clamp(-1, 1).cpu() for s in (side, size))
+    if isinstance(images, ContinuousScenes):
+        low, high = _scene_pair(images, index, model.preset.image_size, scale, rule)
+    else:
+        low, high = _whole_latents(model, *rule.pair(images[index], scale, index), scale)
+    features = model.first_stage.features(model.first_stage.encode(low[None].to(model.device)))
+    size = tuple(high.shape[-2:])
+    own, ours = (
+        model.first_stage.render(features, s).clamp(-1, 1).cpu() for s in (low.shape[-2:], size)
+    )
     return {
-        "truth": render_scenes(scenes, size),
-        "bicubic of own training-size output": resize(eight_bits(own), size),
+        "truth": high[None],
+        "bicubic": resize(low, size)[None],
+        OWN: resize(eight_bits(own), size),
         "ours (first stage)": ours,
     }
 
 
-def photo_rows(model: ArbitraryScaleModel, image: Tensor, scale: float, seed: int) -> Rows:
-    """Reduce a photograph (3, H, W) by `scale` with antialiased bicubic, then enlarge it again.
+def _scene_pair(
+    scenes: ContinuousScenes, index: int, side: int, scale: float, rule: Protocol
+) -> tuple[Tensor, Tensor]:
+    """Return a scene at the training size and at `scale` times it, both exact."""
+    if rule.low_size:
+        raise ValueError(
+            f"{rule.name} fixes the low size, and scenes are encoded at the training size; take "
+            "the protocol whole, benchmark or div2k"
+        )
+    scene = sample_scenes(1, scenes.seed, scenes.first + index)
+    size = scaled_size((side, side), scale)
+    return eight_bits(render_scenes(scene, side)[0]), render_scenes(scene, size)[0]
 
-    The ceiling encodes the photograph itself instead of sampling its latent. It is back-projected
-    as `upscale` does; so is a bicubic baseline, to show what that step alone gives.
+
+def _whole_latents(
+    model: ArbitraryScaleModel, low: Tensor, high: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Crop a pair so that the low sides are multiples of the encoder's factor."""
+    factor = model.first_stage.factor
+    size = tuple(n // factor * factor for n in low.shape[-2:])
+    if min(size) == 0:
+        raise ValueError(
+            f"a picture of {low.shape[-2]} x {low.shape[-1]} is smaller than a latent pixel of "
+            f"{factor} px; take a smaller scale"
+        )
+    rows, columns = scaled_size(size, scale)
+    high = high[..., :rows, :columns]
+    return eight_bits(resize(high, size)), high
+
+
+@torch.no_grad()
+def upscaling_rows(
+    model: ArbitraryScaleModel,
+    image: Tensor,
+    scale: float,
+    rule: Protocol,
+    sampling: Sampling,
+    index: int = 0,
+) -> Rows:
+    """Reduce a photograph (3, H, W) as the protocol says, then enlarge it again.
+
+    The ceiling encodes the photograph itself instead of sampling its latent, tile by tile. It and
+    ours are back-projected; so is one bicubic baseline, to show what that step alone gives.
     """
-    low, high = low_high_pair(image, scale)
-    low = eight_bits(low)
+    low, high = rule.pair(image, scale, index)
     factor = model.preset.image_size // model.preset.low_size
     given = resize(high, (low.shape[1] * factor, low.shape[2] * factor))[None]
     size = tuple(high.shape[-2:])
-    ceiling = model.decode(model.first_stage.encode(given.to(model.device)), size)[0].cpu()
+
+    def latent(_: Tensor, span: Tile, __: object) -> Tensor:
+        rows, columns = (
+            slice(a * factor, b * factor)
+            for a, b in ((span.top, span.bottom), (span.left, span.right))
+        )
+        return model.first_stage.encode(given[..., rows, columns].to(model.device))
+
     bicubic = resize(low, size)
+    ours = model.upscale(
+        low, size=size, seed=sampling.seed, steps=sampling.steps, sampler=sampling.sampler
+    )
     return {
         "truth": high[None],
         "bicubic": bicubic[None],
         "bicubic, back-projected": back_project(bicubic, low).clamp(-1, 1)[None],
-        "ours": model.upscale(low, size=size, seed=seed)[None],
-        "first stage, back-projected (ceiling)": back_project(ceiling, low).clamp(-1, 1)[None],
+        "ours": ours[None],
+        "first stage (ceiling)": model.paint(low, size, latent)[None],
     }
 
 
@@ -81,80 +148,52 @@ def score(rows: Rows, space: str, border: int, with_lpips: bool) -> dict[str, di
     }
 
 
-@torch.no_grad()
-def evaluate(
-    model: ArbitraryScaleModel,
-    images: Sequence[Tensor] | None,
+def evaluate_pairs(
+    rows: Callable[[int, float], Rows],
+    rule: Protocol,
     scales: Iterable[float],
     n: int,
-    seed: int = 0,
-) -> dict:
-    """Score a model at several scales.
+    partial: Partial,
+    with_lpips: bool,
+) -> dict[str, dict]:
+    """Score `rows(index, scale)` for the first n pictures at each scale.
 
-    Parameters
-    ----------
-    model
-        A generator (its first stage is scored on scenes) or a super-resolution model.
-    images
-        Photographs (3, H, W) for a super-resolution model; None for scenes.
-    scales
-        Positive factors.
-    n
-        Number of pictures, from the first on.
-    seed
-        Of the sampler.
-
-    Returns
-    -------
-    dict
-        The protocol, and under `results` a mean for each scale, method and metric.
-
+    Returns, by scale and method, the mean of each metric. Finished pictures are kept in `partial`.
     """
-    with_lpips = metrics.lpips_is_there()
-    reduced = "exact rendering" if images is None else "antialiased bicubic, 8 bits"
     results: dict[str, dict] = {}
     for scale in scales:
-        totals: dict[str, dict[str, list[float]]] = {}
+        scored = []
         for i in tqdm(range(n), desc=f"x{scale:g}", unit="picture"):
-            if images is None:
-                rows = scene_rows(model, i, scale)
-            else:
-                rows = photo_rows(model, images[i], scale, seed)
-            for method, values in score(rows, "rgb", 0, with_lpips).items():
-                for name, value in values.items():
-                    totals.setdefault(method, {}).setdefault(name, []).append(value)
+            scored.append(
+                partial.numbers(
+                    f"x{scale:g}-{i:06d}",
+                    lambda i=i, s=scale: score(rows(i, s), rule.space, rule.border(s), with_lpips),
+                )
+            )
         results[f"{scale:g}"] = {
-            method: {name: sum(v) / len(v) for name, v in values.items()}
-            for method, values in totals.items()
+            method: {name: sum(s[method][name] for s in scored) / n for name in values}
+            for method, values in scored[0].items()
         }
-    return {
-        "model": model.manifest.get("name", model.preset.name),
-        "weights": [entry["sha256"] for entry in model.manifest.get("files", [])],
-        "protocol": {
-            "images": n,
-            "low resolution": reduced,
-            "psnr and ssim": "RGB, no border, whole images, 8 bits, mean of per-image values",
-            "lpips": "v0.1, AlexNet" if with_lpips else None,
-            "sampler": None if images is None else "dpm_solver_pp, 20 steps",
-            "seed": seed,
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": model.device.type,
-        "results": results,
-    }
+    return results
 
 
-def table(report: dict) -> str:
-    """Write a report's results as a markdown table."""
-    names = ["psnr", "ssim"] + ["lpips"] * bool(report["protocol"]["lpips"])
-    titles = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
-    lines = [
-        "| scale | method | " + " | ".join(titles[name] for name in names) + " |",
-        "| --- | --- |" + " --- |" * len(names),
-    ]
-    digits = {"psnr": 2, "ssim": 4, "lpips": 4}
-    for scale, methods in report["results"].items():
-        for method, values in methods.items():
-            cells = " | ".join(f"{values[name]:.{digits[name]}f}" for name in names)
-            lines.append(f"| x{scale} | {method} | {cells} |")
-    return "\n".join(lines)
+def lpips_or_why_not() -> bool:
+    """Tell whether LPIPS can be computed; where its weights cannot be had, say so on stderr."""
+    try:
+        metrics.lpips(*torch.zeros(2, 3, 32, 32))
+    except FileNotFoundError as error:
+        print(f"without LPIPS: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def pair_protocol(
+    rule: Protocol, images: Sequence[Tensor], task: str, n: int, sampling: Sampling, lpips: bool
+) -> dict:
+    """Return the protocol of `evaluate_pairs` as JSON can hold it."""
+    choices = {"pictures": n, **rule.describe()}
+    if task == "reconstruct" and isinstance(images, ContinuousScenes):
+        choices["low"] = "exact rendering at the training size, 8 bits; the truth is exact too"
+    choices["lpips"] = "v0.1, AlexNet, whole pictures, 8 bits" if lpips else None
+    choices["sampling"] = asdict(sampling) if task == "upscale" else None
+    return choices

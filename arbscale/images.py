@@ -5,6 +5,8 @@ A picture is a float32 tensor (3, H, W) in [-1, 1], RGB.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .coords import Size, check_size, scaled_size
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is read, by content; PIL's rarer decoders (one of them starts Ghostscript) stay shut."""
+MAX_PIXELS = 120_000_000
+"""Of a file that is read: 0.36 GB as bytes, 1.4 GB as floats."""
 
 
 def _levels(image: Any) -> tuple[Any, float]:
@@ -73,6 +80,8 @@ def to_tensor(image: Any) -> Tensor:
             levels = white + (levels - white) * (image[..., 3:].astype("float32") / white)
         levels = np.repeat(levels, 3, -1) if channels == 1 else levels
     elif isinstance(image, Image.Image):
+        if not image.width * image.height:
+            raise ValueError("the picture has no pixels")
         levels, white = _levels(image)
     else:
         raise ValueError(f"a picture is a PIL image, an array or a tensor, got {type(image)}")
@@ -98,20 +107,64 @@ def to_pil(image: Tensor) -> Any:
     return Image.fromarray(to_uint8(image.detach().float()).permute(1, 2, 0).cpu().numpy())
 
 
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Any]:
+    """Open a picture file with PIL; its header alone has been read.
+
+    Raises FileNotFoundError for no such file and ValueError for anything else that goes wrong, here
+    or in the `with` block: damage, an unknown format, more than `MAX_PIXELS`, no permission.
+    """
+    from PIL import Image
+
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise FileNotFoundError
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"{image.height} x {image.width} is over {MAX_PIXELS // 10**6} million "
+                    "pixels; cut it into parts"
+                )
+            yield image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no picture at {path}; check the path") from None
+    except Exception as error:  # a decoder fed with a damaged file may raise anything
+        raise ValueError(
+            f"{path} cannot be read as a picture ({reason(error)}); replace it"
+        ) from error
+
+
+def reason(error: BaseException | None) -> str:
+    """Return in words, without the file's name, what `open_image` stumbled over."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return f"empty, damaged, or none of {', '.join(FORMATS)}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def decode(image: Any) -> Tensor:
+    """Decode what `open_image` opened, its first frame or page, and turn it upright."""
+    from PIL import ImageOps
+
+    image.load()
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # a damaged tag beside good pixels: they are taken as they lie
+        pass
+    return to_tensor(image)
+
+
 def load_image(path: str | Path) -> Tensor:
     """Read a picture file as (3, H, W) in [-1, 1], turned upright as its EXIF tag says.
 
     Raises FileNotFoundError for no such file, ValueError for one that is no readable picture.
     """
-    from PIL import Image, ImageOps
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no picture at {path}; check the path")
-    try:
-        with Image.open(path) as image:
-            return to_tensor(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error}); replace it") from error
+    with open_image(path) as image:
+        return decode(image)
 
 
 def resize(image: Tensor, size: int | Size) -> Tensor:

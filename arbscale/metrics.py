@@ -1,21 +1,45 @@
 """Metrics: one function each, all taking images in [-1, 1].
 
 The definition is part of the number. PSNR and SSIM are those of the super-resolution benchmarks, on
-images rounded to 8 bits; say with every result which colour space and which border it has.
+images rounded to 8 bits; say with every result which colour space and which border it has. The
+distances between sets of pictures are written in `distances.py`, and the speed in `bench.py`.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import warnings
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arbscale.bench import images_per_second
 from arbscale.coords import Size, check_size
+from arbscale.distances import (
+    FeatureStatistics,
+    fid,
+    frechet_distance,
+    patch_fid,
+    patch_frechet_distance,
+    precision_recall,
+)
+from arbscale.features import backbone_file, backbone_state
+
+__all__ = [
+    "FeatureStatistics",
+    "fid",
+    "frechet_distance",
+    "images_per_second",
+    "lpips",
+    "lpips_is_there",
+    "patch_fid",
+    "patch_frechet_distance",
+    "precision_recall",
+    "psnr",
+    "self_ssim",
+    "ssim",
+]
 
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 """The SSIM window's side and standard deviation in pixels, and the two stabilising constants."""
@@ -80,71 +104,62 @@ def ssim(a: Tensor, b: Tensor, space: str = "rgb", border: int = 0) -> float:
     return float(sum(values) / len(values))
 
 
-def lpips(a: Tensor, b: Tensor) -> float:
-    """Learned perceptual distance, v0.1 over AlexNet, at least 0, which identical images have.
+def lpips(a: Tensor, b: Tensor, net: str = "alex") -> float:
+    """Learned perceptual distance, v0.1, at least 0, which identical images have.
 
-    Mean over the images. Computed by the package `lpips` (Zhang et al. 2018); AlexNet's ImageNet
-    weights come from the folder that ARBSCALE_WEIGHTS names or from torch hub's cache.
+    Mean over the images. Computed by the package `lpips` (Zhang et al. 2018); the backbone's
+    ImageNet weights come from torch hub's cache, from the folder that ARBSCALE_WEIGHTS names, or by
+    download, in this order.
 
     Parameters
     ----------
     a, b
-        Float images (B, 3, H, W) or (3, H, W) in [-1, 1], at least 32 pixels a side.
+        Float images (B, 3, H, W) or (3, H, W) in [-1, 1], at least 32 pixels a side. What lies
+        outside is clamped.
+    net
+        "alex" (AlexNet, for reports) or "squeeze" (SqueezeNet).
 
     Raises
     ------
     FileNotFoundError
-        Where AlexNet's weights are in neither place; it says how to get them.
+        Where the weights are nowhere; it says how to get them.
 
     """
-    a, b = (x if x.ndim == 4 else x[None] for x in (a, b))
+    if net not in _BACKBONES:
+        raise ValueError(f"unknown backbone {net!r}; take {' or '.join(_BACKBONES)}")
     if a.shape != b.shape or min(a.shape[-2:]) < 32:
         raise ValueError(
             f"LPIPS takes two batches of one shape, sides of at least 32 px, got {tuple(a.shape)} "
             f"and {tuple(b.shape)}; crop or resize them"
         )
-    network = _lpips_network().to(a.device)
+    a, b = (_check_images(x) for x in (a, b))
+    network = _lpips_network(net).to(a.device)
     with torch.no_grad():
         pairs = zip(a.clamp(-1, 1).float(), b.clamp(-1, 1).float(), strict=True)
         return sum(network(x[None], y[None]).item() for x, y in pairs) / len(a)
 
 
-def lpips_is_there() -> bool:
+def lpips_is_there(net: str = "alex") -> bool:
     """Tell whether the weights that `lpips` needs are found on this machine."""
-    try:
-        return _alexnet_weights().is_file()
-    except FileNotFoundError:
-        return False
+    return backbone_file(_BACKBONES[net]) is not None
 
 
-@functools.lru_cache(maxsize=1)
-def _lpips_network() -> torch.nn.Module:
+_BACKBONES = {"alex": "alexnet", "squeeze": "squeezenet1_1"}
+
+
+@functools.lru_cache(maxsize=2)
+def _lpips_network(net: str) -> torch.nn.Module:
     import lpips as package
 
-    state = torch.load(_alexnet_weights(), map_location="cpu", weights_only=True)
+    state = backbone_state(_BACKBONES[net])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's, of arguments that the package still uses
-        network = package.LPIPS(net="alex", pnet_rand=True, verbose=False)
+        network = package.LPIPS(net=net, pnet_rand=True, verbose=False)
     named = {name.split(".", 1)[1]: p for name, p in network.net.named_parameters()}
     with torch.no_grad():
-        for name, parameter in named.items():  # "0.weight" there is "features.0.weight" here
+        for name, parameter in named.items():  # "slice1.0.weight" there is "features.0.weight" here
             parameter.copy_(state[f"features.{name}"])
     return network.eval()
-
-
-def _alexnet_weights() -> Path:
-    own = os.environ.get("ARBSCALE_WEIGHTS")
-    folders = [Path(own).expanduser()] if own else []
-    folders.append(Path(torch.hub.get_dir()) / "checkpoints")
-    for folder in folders:
-        for path in (folder / "alexnet_features.pth", *sorted(folder.glob("alexnet-owt-*.pth"))):
-            if path.is_file():
-                return path
-    raise FileNotFoundError(
-        f"LPIPS needs AlexNet's ImageNet weights, in none of {[str(f) for f in folders]}; fetch "
-        "them once by torchvision.models.alexnet(weights='DEFAULT'), or set ARBSCALE_WEIGHTS to a "
-        "folder that holds alexnet_features.pth"
-    )
 
 
 @torch.no_grad()

@@ -131,7 +131,7 @@ class ArbitraryScaleModel(nn.Module):
         scale: float | None = None,
         size: int | Size | None = None,
         seed: int = 0,
-        steps: int = 20,
+        steps: int = 10,
         sampler: str = "dpm_solver_pp",
         tile: int | None = None,
         progress: Progress | None = None,
@@ -176,44 +176,67 @@ class ArbitraryScaleModel(nn.Module):
         if (scale is None) == (size is None):
             raise ValueError("give either scale, such as 3.7, or size, such as (480, 640)")
         size = scaled_size(low.shape[-2:], scale) if size is None else check_size(size)
+
+        def latent(crop: Tensor, span: Tile, report: Progress | None) -> Tensor:
+            condition = self.condition(crop[None].to(self.device))  # (1, c, h, w), scaled
+            grid = tuple(condition.shape[-2:])
+            zoom = grid[0] / crop.shape[-2]  # latent pixels an input pixel
+            corner = round(span.top * zoom), round(span.left * zoom)
+            noise = noise_field(seed, self.preset.latent_channels, corner, grid)[None]
+            generator = torch.Generator().manual_seed(seed)
+            return self._denoise(noise, condition, steps, sampler, generator, report)
+
         keep_float = isinstance(image, Tensor) and image.is_floating_point()
-        out = torch.empty(3, *size, dtype=torch.float32 if keep_float else torch.uint8)
+        dtype = torch.float32 if keep_float else torch.uint8
+        return _like(self.paint(low, size, latent, tile, dtype, progress), image)
+
+    @torch.no_grad()
+    def paint(
+        self,
+        low: Tensor,
+        size: Size,
+        latent: Callable[[Tensor, Tile, Progress | None], Tensor],
+        tile: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Decode the latents of overlapping tiles into one picture that agrees with `low`.
+
+        Parameters
+        ----------
+        low
+            The input (3, h, w) in [-1, 1], on the CPU.
+        size
+            (height, width) of the picture.
+        latent
+            `latent(crop, tile, progress)` gives the latent (1, c, h', w') of a tile of the input.
+        tile
+            Side of a tile in pixels of the input; by default twice the training's `low_size`.
+        dtype
+            float32, or uint8 for a quarter of the memory.
+        progress
+            Called as `latent` calls what it is handed, with the steps of all tiles.
+
+        Returns
+        -------
+        Tensor
+            (3, height, width), in [-1, 1] or 8 bits.
+
+        """
+        out = torch.empty(3, *size, dtype=dtype)
         tile = tile or 2 * self.preset.low_size
         spans = list(tiles(low.shape[-2:], tile, overlap=tile // 4))
         for i, span in enumerate(spans):
-            inner = progress and (lambda k, n, i=i: progress(i * n + k, len(spans) * n))
+            report = progress and (lambda k, n, i=i: progress(i * n + k, len(spans) * n))
             window, coords, cells = span.points(low.shape[-2:], size)
             if window[2] and window[3]:
                 crop = low[:, span.top : span.bottom, span.left : span.right]
-                rgb = self._upscale_tile(crop, span, coords, cells, seed, steps, sampler, inner)
+                features = self.first_stage.features(latent(crop, span, report))
+                points = coords[None].to(features), cells[None].to(features)
+                rgb = self.first_stage.liif.query(features, *points)[0].mT.cpu()  # (3, N)
                 rgb = back_project(rgb.reshape(3, *window[2:]), crop)
                 paste(out, rgb.clamp(-1, 1), window, coords, span)
-        return _like(out, image)
-
-    def _upscale_tile(
-        self,
-        crop: Tensor,
-        span: Tile,
-        coords: Tensor,
-        cells: Tensor,
-        seed: int,
-        steps: int,
-        sampler: str,
-        progress: Progress | None,
-    ) -> Tensor:
-        """Denoise one tile of the input and paint it at its output pixels: (3, N)."""
-        condition = self.condition(crop[None].to(self.device))  # (1, c, h, w), scaled
-        grid = tuple(condition.shape[-2:])
-        zoom = grid[0] / crop.shape[-2]  # latent pixels an input pixel
-        corner = round(span.top * zoom), round(span.left * zoom)
-        noise = noise_field(seed, self.preset.latent_channels, corner, grid)[None]
-        generator = torch.Generator().manual_seed(seed)
-        z = self._denoise(noise, condition, steps, sampler, generator, progress)
-        features = self.first_stage.features(z)
-        rgb = self.first_stage.liif.query(
-            features, coords[None].to(features), cells[None].to(features)
-        )
-        return rgb[0].mT.cpu()
+        return out
 
     def condition(self, low: Tensor) -> Tensor:
         """Turn low-resolution images (B, 3, h, w) in [-1, 1] into scaled latents (B, c, h', w').
@@ -265,7 +288,7 @@ class ArbitraryScaleModel(nn.Module):
         power = 2.0 if sampler == "dpm_solver_pp" else 1.0
         z = get_sampler(sampler)(
             self.denoise(condition),
-            noise.to(self.device),
+            noise.to(self.device) * self.preset.noise_level,
             self.schedule,
             spaced_timesteps(self.schedule.steps, steps, power),
             generator=generator,

@@ -13,7 +13,7 @@ from arbscale.coords import Size, Window, check_size, scaled_size
 from arbscale.first_stage import FirstStage
 from arbscale.images import to_pil
 
-BOX = 384  # side of the displayed box on the screen; resolution changes inside it
+BOX = 352  # side of the displayed box on the screen; resolution changes inside it
 
 
 @torch.no_grad()

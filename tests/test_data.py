@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from arbscale import data
+from arbscale import data, folders
 
 
 def photo(height=40, width=60, seed=0):
@@ -106,6 +106,7 @@ def test_exif_orientation_is_applied(tmp_path):
         torch.full((3, 4, 4), float("nan")),
         torch.zeros(3, 4, 4, dtype=torch.int64),
         Image.new("F", (4, 4)),
+        Image.new("RGB", (0, 4)),
         "picture.png",
         None,
     ],
@@ -234,7 +235,7 @@ def test_folder_is_sorted_and_cached(folder, monkeypatch):
     assert names == [f"{i:02d}.png" for i in range(10)] + ["sub/10.png", "sub/11.png"]
     first = images[0]
     assert torch.equal(first, data.load_image(folder / "00.png"))
-    monkeypatch.setattr(data, "load_image", lambda path: pytest.fail("decoded twice"))
+    monkeypatch.setattr(folders, "load_image", lambda path: pytest.fail("decoded twice"))
     first.zero_()  # what a user does to a picture does not reach the cache
     assert not torch.equal(images[0], first)
     with pytest.raises(IndexError):
@@ -242,7 +243,7 @@ def test_folder_is_sorted_and_cached(folder, monkeypatch):
 
 
 def test_cache_is_bounded(folder, monkeypatch):
-    monkeypatch.setattr(data, "CACHE_BYTES", 5000)
+    monkeypatch.setattr(folders, "CACHE_BYTES", 5000)
     images = data.ImageFolder(folder)
     assert all(torch.equal(images[i], images[i]) for i in range(12))
     assert 0 < images._cached_bytes <= 5000
@@ -360,3 +361,171 @@ def test_open_scenes():
     assert data.open_dataset("scenes", "val")[0].shape == (3, 64, 64)
     with pytest.raises(ValueError, match="a split is one of"):
         data.open_dataset("scenes", "all")
+
+
+# Patches, pairs
+
+
+def test_patches_are_turned_where_asked():
+    image = torch.rand(3, 2, 2)
+    wanted = {
+        tuple(turned.rot90(k, (-2, -1)).flatten().tolist())
+        for turned in (image, image.flip(-1))
+        for k in range(4)
+    }
+    patches = data.PatchDataset([image], 2, rotate=True)
+    seen = set()
+    for patches.epoch in range(100):
+        seen.add(tuple(patches[0].flatten().tolist()))
+    assert seen == wanted and len(wanted) == 8
+    upright = data.PatchDataset([image], 2)
+    for upright.epoch in range(20):  # the flips do not depend on what comes after them
+        patches.epoch = upright.epoch
+        turns = [patches[0].rot90(-k, (-2, -1)) for k in range(4)]
+        assert any(torch.equal(turn, upright[0]) for turn in turns)
+    with pytest.raises(ValueError, match="square"):
+        data.PatchDataset([image], (1, 2), rotate=True)
+
+
+@pytest.mark.parametrize("scale", [1, 2.7, 4])
+def test_pairs_of_patches_and_of_whole_pictures(folder, scale):
+    images = data.ImageFolder(folder)
+    for pictures in (images, data.PatchDataset(images, 20)):
+        pairs = data.PairDataset(pictures, scale)
+        assert len(pairs) == 12
+        low, high = pairs[-1]
+        assert high.shape[1:] == tuple(round(scale * n) for n in low.shape[1:])
+        assert torch.equal(high, pictures[11][:, : high.shape[1], : high.shape[2]])
+        assert torch.equal(low, data.resize(high, tuple(low.shape[1:])))
+    loader = torch.utils.data.DataLoader(pairs, batch_size=6)
+    assert sum(len(low) for low, _ in loader) == 12
+
+
+# torchvision's data sets, as it would find them on a disk
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARBSCALE_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(photo(seed=seed)).save(path)
+
+
+def test_celeba(root, monkeypatch):
+    from torchvision.datasets import CelebA
+
+    with pytest.raises(FileNotFoundError, match="CelebA.ARBSCALE_DATA, download=True"):
+        data.open_dataset("celeba")
+    names = [f"{i:06d}.jpg" for i in range(1, 8)]
+    for i, name in enumerate(names):
+        write(root / "celeba" / "img_align_celeba" / name, i)
+    tables = {
+        "list_eval_partition.txt": [f"{n} {s}" for n, s in zip(names, "0001122", strict=True)],
+        "identity_CelebA.txt": [f"{n} 7" for n in names],
+        "list_bbox_celeba.txt": ["7", "image_id x"] + [f"{n} 1" for n in names],
+        "list_landmarks_align_celeba.txt": ["7", "x"] + [f"{n} 1" for n in names],
+        "list_attr_celeba.txt": ["7", "Smiling"] + [f"{n} 1" for n in names],
+    }
+    for name, lines in tables.items():
+        (root / "celeba" / name).write_text("\n".join(lines) + "\n")
+    # The digests are those of the real tables, which these are not.
+    monkeypatch.setattr(CelebA, "_check_integrity", lambda self: True)
+    parts = [data.open_dataset("celeba", split) for split in (*data.SPLITS, "all")]
+    assert [len(part) for part in parts] == [3, 2, 2, 7]
+    expected = data.load_image(root / "celeba" / "img_align_celeba" / "000005.jpg")
+    assert torch.equal(parts[1][1], expected) and torch.equal(parts[1][-1], expected)
+    assert len(data.open_dataset("celeba", subset=2)) == 2
+    with pytest.raises(IndexError):
+        parts[2][2]
+    with pytest.raises(ValueError, match="a split is one of"):
+        data.open_dataset("celeba", "valid")
+
+
+def test_flowers102(root, monkeypatch):
+    from scipy.io import savemat
+    from torchvision.datasets import Flowers102
+
+    with pytest.raises(FileNotFoundError, match="Flowers102.ARBSCALE_DATA"):
+        data.open_dataset("flowers102")
+    base = root / "flowers-102"
+    for i in range(1, 5):
+        write(base / "jpg" / f"image_{i:05d}.jpg", i)
+    savemat(base / "setid.mat", {"trnid": [[1, 4]], "valid": [[2, 2]], "tstid": [[3, 3]]})
+    savemat(base / "imagelabels.mat", {"labels": [[1, 2, 3, 4]]})
+    monkeypatch.setattr(Flowers102, "_check_integrity", lambda self: True)
+    train = data.open_dataset("flowers102")
+    assert len(train) == 2 and torch.equal(
+        train[1], data.load_image(base / "jpg" / "image_00004.jpg")
+    )
+    assert len(data.open_dataset("flowers102", "all")) == 6
+
+
+class FakeEnvironment:
+    """As much of an LMDB environment as torchvision's LSUN asks for."""
+
+    def __init__(self, records):
+        self.records = records
+
+    def begin(self, write):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def stat(self):
+        return {"entries": len(self.records)}
+
+    def cursor(self):
+        return self
+
+    def iternext(self, keys, values):
+        return iter(self.records)
+
+    def get(self, key):
+        return self.records[key]
+
+
+def test_lsun(root, monkeypatch):
+    import io
+    import sys
+    import types
+
+    with pytest.raises(FileNotFoundError, match="tower_train_lmdb.*fyu/lsun"):
+        data.open_dataset("lsun_tower")
+    for split in ("train", "val"):
+        (root / "lsun" / f"tower_{split}_lmdb").mkdir(parents=True)
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(RuntimeError, match="pip install lmdb"):
+        data.open_dataset("lsun_tower")
+
+    def open_environment(path, **options):
+        records = {}
+        for i in range(3 if "train" in path else 1):
+            buffer = io.BytesIO()
+            Image.fromarray(photo(seed=i)).save(buffer, "WEBP", lossless=True)
+            records[b"%d" % i] = buffer.getvalue()
+        return FakeEnvironment(records)
+
+    monkeypatch.setitem(sys.modules, "lmdb", types.SimpleNamespace(open=open_environment))
+    train, whole = data.open_dataset("lsun_tower"), data.open_dataset("lsun_tower", "all")
+    assert len(train) == 3 and len(whole) == 4
+    assert torch.equal(train[2], data.to_tensor(photo(seed=2)))
+    with pytest.raises(ValueError, match="it has train and val"):
+        data.open_dataset("lsun_tower", "test")
+    with pytest.raises(FileNotFoundError, match="lsun_tower, lsun_bedroom"):
+        data.open_dataset("lsun")
+
+
+def test_a_folder_may_have_a_similar_name(root):
+    write(root / "celeba_hq" / "a.png", 0)
+    assert len(data.open_dataset("celeba_hq", "all")) == 1
+    with pytest.raises(FileNotFoundError, match="arbscale download afhq"):
+        data.open_dataset("afhq_cats")

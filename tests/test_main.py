@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from arbscale import ArbitraryScaleModel, presets, weights
+from arbscale import ArbitraryScaleModel, features, generation, metrics, presets, weights
 from arbscale.__main__ import main
 
 
@@ -121,32 +121,112 @@ def test_nonsense_gives_one_line_and_a_status(run, tmp_path, monkeypatch, words,
     assert not (tmp_path / "o.png").exists()
 
 
-def test_evaluate_writes_json_with_its_protocol(run, tmp_path):
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """Keep caches in a fresh folder, the network out of reach, and LPIPS without weights."""
+
+    def unreachable(*args, **options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("ARBSCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("ARBSCALE_WEIGHTS", raising=False)
+    metrics._lpips_network.cache_clear()
+
+
+def report_of(path):
+    report = json.loads(path.read_text())
+    assert report.pop("timing")["seconds"] > 0
+    return report
+
+
+def test_evaluate_writes_json_with_its_protocol(run, tmp_path, offline):
     words = ("--scales", 2, "-n", 1, "-o", "results/a.json")
     assert run("evaluate", "scenes", *words)[0] == 0
-    report = json.loads((tmp_path / "results/a.json").read_text())
+    report = report_of(tmp_path / "results/a.json")
     assert set(report["results"]["2"]) == {
+        "bicubic",
         "bicubic of own training-size output",
         "ours (first stage)",
     }
-    assert report["protocol"]["images"] == 1 and report["versions"]["torch"]
-    Image.fromarray(gradient(40, 44)).convert("RGB").save(tmp_path / "in.png")
-    assert run("evaluate", "photos-tiny", "--data", tmp_path, "--split", "all", *words)[0] == 0
-    report = json.loads((tmp_path / "results/a.json").read_text())
+    assert report["task"] == "reconstruct" and report["weights"] and report["machine"]["threads"]
+    assert report["protocol"]["pictures"] == 1 and report["versions"]["torch"]
+    assert report["protocol"]["lpips"] is None
+    assert [p.name for p in (tmp_path / "results").iterdir()] == ["a.json"]
+    Image.fromarray(gradient(60, 64)).convert("RGB").save(tmp_path / "in.png")
+    words += ("--steps", 2, "--protocol", "benchmark", "--split", "all")
+    assert run("evaluate", "photos-tiny", "--data", tmp_path, *words)[0] == 0
+    report = report_of(tmp_path / "results/a.json")
     assert set(report["results"]["2"]) == {
         "bicubic",
         "bicubic, back-projected",
         "ours",
-        "first stage, back-projected (ceiling)",
+        "first stage (ceiling)",
     }
     assert report["results"]["2"]["bicubic"]["psnr"] > 20
+    assert report["protocol"]["space"] == "y" and report["protocol"]["sampling"]["steps"] == 2
 
 
-def test_bench_prints_both_forms(run, capsys, monkeypatch):
-    monkeypatch.setattr("arbscale.bench.SIZE", (32, 32))
-    assert main(["bench", "--repeats", "1"]) == 0
+def test_evaluate_generates_resumes_and_repeats_itself(run, tmp_path, offline, monkeypatch):
+    sizes = ("--sizes", 32, 40, "--steps", 2, "-n", 22, "--seed", 5, "-o", "g.json")
+    words = ("evaluate", "scenes", "--task", "generate", *sizes)
+    network = features.Extractor("encoder", "mean colours", 3, "", lambda x: x.float().mean((2, 3)))
+    monkeypatch.setattr(generation, "extractor", lambda *args: network)
+    compare, calls = generation.compare_sets, []
+
+    def stops(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compare(*args)
+
+    monkeypatch.setattr(generation, "compare_sets", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(*words)
+    assert list((tmp_path / "g.partial").glob("32x32-ours*")) and not (tmp_path / "g.json").exists()
+    monkeypatch.setattr("sys.argv", ["arbscale", *map(str, words)])
+    assert run(*words)[0] == 0
+    assert not (tmp_path / "g.partial").exists()
+    first = report_of(tmp_path / "g.json")
+    assert run(*words)[0] == 0
+    assert report_of(tmp_path / "g.json") == first
+    assert first["protocol"]["features"] == "encoder" and first["protocol"]["reference"] == 22
+    assert len(first["results"]["rows"]) == 3 + 4 and first["results"]["self_ssim"]["ours"]
+    assert run(*words[:-4], "--seed", 6, "-o", "g.json")[0] == 0
+    assert report_of(tmp_path / "g.json")["results"] != first["results"]
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("scenes", "--task", "upscale"), "--task reconstruct"),
+        (("photos-tiny", "--task", "generate"), "--task upscale"),
+        (("scenes", "--protocol", "set5"), "take one of whole"),
+        (("scenes", "-n", 5000), "fewer than 5000"),
+        (("scenes", "--task", "generate", "-n", 4), "8 pictures or more"),
+        (("scenes", "--task", "generate", "--features", "clip"), "unknown features"),
+        (("scenes", "--task", "generate", "--features", "inception", "-n", 9), "--allow-few"),
+        (
+            ("scenes", "--task", "generate", "-n", 9, "--allow-few", "--features", "inception"),
+            "--features encoder",
+        ),
+        (("scenes", "--task", "fly"), "invalid choice"),
+    ],
+)
+def test_evaluate_says_what_it_cannot_do(run, offline, words, hint):
+    status, line = run("evaluate", *words)
+    assert status == 2 and hint in line[0] and "Traceback" not in line[0]
+
+
+def test_bench_and_table(run, tmp_path, capsys):
+    words = ("--sizes", 16, "20x12", "--steps", 2, "--quick", "-o", "b.json")
+    assert main(["bench", "scenes", *map(str, words)]) == 0
     printed = capsys.readouterr().out
-    assert "naive" in printed and "times faster" in printed
+    assert "| 20 x 12 | decoding alone, usual form of LIIF |" in printed and "200 steps" in printed
+    assert main(["table", "b.json", "b.json"]) == 0
+    assert capsys.readouterr().out.count(printed.strip()) == 2
+    assert run("table", "none.json")[0] == 2
 
 
 @pytest.mark.parametrize("name", ["generator", "super-resolver"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from arbscale.metrics import psnr, self_ssim, ssim
+from arbscale.images import load_image
+from arbscale.metrics import _lpips_network, lpips, lpips_is_there, psnr, self_ssim, ssim
 
 GOLDEN = Path(__file__).parent / "golden" / "selfssim.safetensors"
 
@@ -158,6 +160,62 @@ def test_errors_say_what_came(metric):
         metric(a, torch.full_like(a, math.nan))
     with pytest.raises(ValueError, match="at least one image"):
         metric(a[:0], a[:0])
+
+
+# --- LPIPS ---
+
+WEIGHTS = Path(os.environ.get("ARBSCALE_WEIGHTS", "")).expanduser()
+needs_weights = pytest.mark.skipif(
+    not (WEIGHTS / "alexnet_features.pth").is_file(),
+    reason="ARBSCALE_WEIGHTS names no folder with alexnet_features.pth",
+)
+
+
+@pytest.mark.skipif(
+    not (WEIGHTS / "lpips_example").is_dir(), reason="ARBSCALE_WEIGHTS has no lpips_example"
+)
+@needs_weights
+def test_lpips_gives_the_published_example():
+    reference, *others = (
+        load_image(WEIGHTS / "lpips_example" / f"{name}.png")
+        for name in ("ex_ref", "ex_p0", "ex_p1")
+    )
+    assert [lpips(x, reference) for x in others] == pytest.approx([0.722, 0.138], abs=5e-4)
+    assert lpips_is_there()
+    assert lpips(reference, reference) == 0
+    both = lpips(torch.stack(others), torch.stack([reference, reference]))
+    assert both == pytest.approx((0.722 + 0.138) / 2, abs=5e-4)
+
+
+@pytest.mark.skipif(
+    not (WEIGHTS / "squeezenet1_1_features.pth").is_file(),
+    reason="ARBSCALE_WEIGHTS has no squeezenet1_1_features.pth",
+)
+def test_lpips_over_squeezenet_ranks_alike():
+    a = smooth(64)
+    assert lpips(a, a, "squeeze") == 0
+    near, far = (lpips(a, a + s * images(1, (2, 3, 64, 64)), "squeeze") for s in (0.05, 0.5))
+    assert 0 < near < far
+
+
+def test_lpips_errors(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="32 px, got"):
+        lpips(images(0), images(1))
+    with pytest.raises(ValueError, match="unknown backbone 'vgg'; take alex or squeeze"):
+        lpips(smooth(32), smooth(32), "vgg")
+    with pytest.raises(ValueError, match="got NaN"):
+        lpips(smooth(32) * math.nan, smooth(32))
+
+    def unreachable(*args, **options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("ARBSCALE_WEIGHTS", raising=False)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    _lpips_network.cache_clear()
+    assert not lpips_is_there()
+    with pytest.raises(FileNotFoundError, match="put alexnet_features.pth into that folder"):
+        lpips(smooth(32), smooth(32))
 
 
 # --- SelfSSIM ---

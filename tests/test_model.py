@@ -60,6 +60,15 @@ def test_a_seed_decides_everything(generator, sampler):
     assert (one - other).abs().max() > 0.1
 
 
+def test_sampling_starts_from_noise_of_the_presets_level():
+    """With a denoiser that answers zero and one step, z is the starting noise over a constant."""
+    loud, quiet = build(), build(noise_level=0.5)
+    for model in (loud, quiet):
+        model.denoise = lambda condition=None: lambda z, t: torch.zeros_like(z)
+    one, half = (m.sample(1, seed=4, steps=1) for m in (loud, quiet))
+    torch.testing.assert_close(half, one * 0.5 / loud.preset.noise_level)
+
+
 def test_the_global_seed_decides_nothing(generator):
     torch.manual_seed(1)
     one = generator.sample(1, steps=2, sampler="ddpm")
@@ -416,3 +425,22 @@ def test_a_model_saved_again_keeps_what_is_known(tmp_path, generator):
 def test_device(generator):
     assert isinstance(arbscale.pick_device(), torch.device)
     assert generator.device == torch.device("cpu")
+
+
+# Painting -----------------------------------------------------------------------------------------
+
+
+def test_paint_decodes_tile_by_tile_what_the_whole_decodes_at_once():
+    """Latents that are the same everywhere leave no seams, whatever the tiles."""
+    model = build(8)
+    low = torch.zeros(3, 20, 28)
+    z = torch.full((1, 3, 1, 1), 0.3)
+
+    def latent(crop, span, progress):
+        height, width = (2 * n for n in crop.shape[-2:])  # a latent pixel is half an input pixel
+        return z.expand(1, 3, height, width)
+
+    one = model.paint(low, (50, 70), latent, tile=64)
+    many = model.paint(low, (50, 70), latent, tile=12)
+    assert one.shape == (3, 50, 70)
+    assert (one - many).abs().max() < 0.05

@@ -1,0 +1,182 @@
+"""Results with all that is needed to read them: as JSON, and as markdown tables."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from arbscale.model import ArbitraryScaleModel
+
+LIBRARIES = ("arbscale", "torch", "torchvision", "numpy", "scikit-image", "lpips", "torch-fidelity")
+TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
+DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4}
+
+
+def header(model: ArbitraryScaleModel, task: str, protocol: dict) -> dict:
+    """Return what every report starts with: model, protocol, versions, machine and command."""
+    return {
+        "task": task,
+        "model": model.manifest.get("name", model.preset.name),
+        "weights": [entry["sha256"] for entry in model.manifest.get("files", [])],
+        "protocol": protocol,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": {
+            "device": model.device.type,
+            "threads": torch.get_num_threads(),
+            "processor": platform.machine(),
+        },
+        "command": "python -m arbscale " + " ".join(sys.argv[1:]),
+    }
+
+
+def write(report: dict, path: Path) -> None:
+    """Write a report as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def read(path: Path) -> dict:
+    """Read a report; FileNotFoundError or ValueError for what is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no report {path}; check the path")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if {"task", "model", "protocol", "results"} <= set(report):
+            return report
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(
+        f"{path} is no report of `python -m arbscale evaluate` or `bench`; write it again"
+    )
+
+
+def table(report: dict) -> str:
+    """Return a report as markdown: one line that says what it is, the table, the command."""
+    writers = {"generate": _generation, "bench": _speed}
+    body = writers.get(report["task"], _pairs)(report)
+    return "\n".join([_caption(report), "", *body, "", f"By `{report['command']}`."])
+
+
+def _caption(report: dict) -> str:
+    protocol, machine = report["protocol"], report["machine"]
+    facts = [f"`{report['model']}`, {report['task']}"]
+    if "data" in protocol:
+        facts.append(f"data {protocol['data']}, {protocol['split']}")
+    if "pictures" in protocol:
+        facts.append(f"{protocol['pictures']} pictures")
+    if "name" in protocol:
+        border = "no border" if protocol["shave"] is None else f"border scale + {protocol['shave']}"
+        facts.append(f"protocol {protocol['name']} ({protocol['space'].upper()}, {border})")
+    if sampling := protocol.get("sampling"):
+        facts.append("{sampler}, {steps} steps, seed {seed}".format(**sampling))
+    facts.append(f"{machine['device']}, {machine['threads']} threads")
+    return "; ".join(facts) + ":"
+
+
+def _pairs(report: dict) -> list[str]:
+    """One row a scale and method."""
+    names = [name for name in TITLES if name != "lpips" or report["protocol"]["lpips"]]
+    rows = []
+    for scale, methods in report["results"].items():
+        for method, values in methods.items():
+            rows.append(
+                [f"x{scale}", method, *(f"{values[name]:.{DIGITS[name]}f}" for name in names)]
+            )
+    return _markdown(["scale", "method", *(TITLES[name] for name in names)], rows)
+
+
+def _generation(report: dict) -> list[str]:
+    """Distances by size and method; then SelfSSIM's matrices and the patches."""
+    protocol, results = report["protocol"], report["results"]
+    distance = distance_title(protocol["features"])
+    rows = [
+        [
+            _spell(row["size"]),
+            row["method"],
+            str(row["pictures"]),
+            f"{row['distance']:.4g} ± {row['distance_pm']:.2g}",
+            f"{row['precision']:.3f} ± {row['precision_pm']:.3f}",
+            f"{row['recall']:.3f} ± {row['recall_pm']:.3f}",
+        ]
+        for row in results["rows"]
+    ]
+    lines = [
+        f"Distance over {protocol['distance over']}; precision and recall over "
+        f"{protocol['precision and recall over']}; against {protocol['reference']} pictures "
+        f"({protocol['real pictures']}); ± is {protocol['interval']}.",
+        "",
+        *_markdown(["size", "method", "pictures", distance, "precision", "recall"], rows),
+    ]
+    if consistency := results["self_ssim"]:
+        lines += ["", *_matrices(consistency)]
+    if patches := results["patches"]:
+        kind = "Patch FID" if distance == "FID" else f"Patch distance ({distance}; no FID)"
+        lines += [
+            "",
+            f"{kind}: {patches['distance']:.4g} over {patches['patches']} patches of "
+            f"{patches['side']} px at sizes from {patches['sizes'][0]} to {patches['sizes'][1]}.",
+        ]
+    return lines
+
+
+def distance_title(features: str) -> str:
+    """Return what the Fréchet distance over these features is called: FID over Inception alone."""
+    return "FID" if features == "inception" else f"Fréchet distance, {features} features"
+
+
+def _matrices(consistency: dict) -> list[str]:
+    sizes = [_spell(size) for size in consistency["sizes"]]
+    rows = [
+        [method, variant, at, *(f"{value:.4f}" for value in values)]
+        for method, variants in consistency.items()
+        if isinstance(variants, dict)
+        for variant, matrix in variants.items()
+        for at, values in zip(sizes, matrix, strict=True)
+    ]
+    columns = ["SelfSSIM", "variant", "measured at", *(f"against {size}" for size in sizes)]
+    return [f"Over {consistency['pictures']} pictures:", "", *_markdown(columns, rows)]
+
+
+def _speed(report: dict) -> list[str]:
+    """One row a size and task."""
+    rows = [
+        [
+            _spell(row["size"]),
+            row["task"],
+            f"{row['images_per_second']:.4g}",
+            f"{1000 * row['seconds']:.4g}",
+            f"{1000 * row['spread']:.2g}",
+            str(row["repeats"]),
+            "-" if row["peak_megabytes"] is None else f"{row['peak_megabytes']:.0f}",
+        ]
+        for row in report["results"]
+    ]
+    titles = ["images a second", "ms a call", "quartiles apart, ms", "calls", "peak memory, MB"]
+    batch = f"Batch {report['protocol']['batch']}, {report['protocol']['precision']}."
+    return [batch, "", *_markdown(["size", "task", *titles], rows)]
+
+
+def _markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def _spell(size: list[int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
