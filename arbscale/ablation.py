@@ -30,7 +30,7 @@ from arbscale.reports import header
 from arbscale.resume import Partial
 from arbscale.trainer import Run
 
-TIMES = 20  # steps at which the held-out loss is measured, evenly spaced
+TIMES = 10  # steps at which the held-out loss is measured, evenly spaced
 SAMPLING_STEPS = 20
 
 _UNET = {
@@ -217,6 +217,8 @@ class _Arena:
         run = Run(
             folder=self.partial.folder / folder,
             resume=True,
+            save_every=200,
+            keep=1,
             sample_every=0,
             latents=self.partial.folder / f"latents-{self.data}-{seed}",
         )
