@@ -35,19 +35,19 @@ def spread_tokens(tokens: Tensor, grid: Size, merge: int, size: Size) -> Tensor:
     return F.pixel_shuffle(x, merge)[..., : size[0], : size[1]]
 
 
-def rotary_angles(grid: Size, head_channels: int, like: Tensor) -> Tensor:
+def rotary_angles(grid: Size, head_channels: int, device: torch.device | None = None) -> Tensor:
     """Return each token's angles (N, head_channels / 2): those of its row, then of its column."""
     quarter = head_channels // 4
-    turns = LONGEST ** -(torch.arange(quarter, device=like.device) / quarter)  # radians a token
-    rows, columns = (torch.arange(n, device=like.device)[:, None] * turns for n in grid)
+    turns = LONGEST ** -(torch.arange(quarter, device=device) / quarter)  # radians a token
+    rows, columns = (torch.arange(n, device=device)[:, None] * turns for n in grid)
     angles = [rows[:, None].expand(*grid, -1), columns[None].expand(*grid, -1)]
-    return torch.cat(angles, dim=-1).flatten(0, 1).to(like)
+    return torch.cat(angles, dim=-1).flatten(0, 1)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Turn the pairs (i, i + D/2) of vectors (..., N, D) by angles (N, D/2)."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos().to(x), angles.sin().to(x)  # the angles themselves want float32
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
@@ -132,7 +132,7 @@ class LatentTransformer(nn.Module):
         tokens, grid = merge_positions(self.norm(x), self.merge)
         tokens = self.embed(tokens)  # (B, N, width)
         modulation = self.time(F.silu(time)).unflatten(-1, (6, -1))  # (B, 6, width)
-        angles = rotary_angles(grid, self.head_channels, tokens)
+        angles = rotary_angles(grid, self.head_channels, x.device)
         for block in self.blocks:
             tokens = block(tokens, modulation, angles)
         found = self.out(self.out_norm(tokens))  # (B, N, channels * merge^2)

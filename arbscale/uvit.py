@@ -90,7 +90,7 @@ class TransformerDenoiser(nn.Module):
         h = self.embed(h)  # (B, N, width)
         time = self.time(timestep_embedding(t, self.width).to(h))  # (B, width)
         modulation = self.modulation(F.silu(time)).unflatten(-1, (6, -1))  # (B, 6, width)
-        angles = rotary_angles(grid, self.head_channels, h)
+        angles = rotary_angles(grid, self.head_channels, h.device)
         kept, half = [], len(self.skips)
         for i, block in enumerate(self.blocks):
             if i >= len(self.blocks) - half:

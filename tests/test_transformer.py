@@ -151,6 +151,15 @@ def test_condition(kind):
         build(kind)(z, STEPS, z)
 
 
+@torch.no_grad()
+def test_mixed_precision(kind):
+    net, z = awake(build(kind)), noise(2, 3, 24, 6)
+    exact = net(z, STEPS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = net(z, STEPS)
+    assert (rounded.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("merge", [1, 2, 4])
 def test_spreading_undoes_merging(size, merge):
@@ -190,13 +199,13 @@ def test_attention_agrees_with_loops():
                 scores.append((a[m] * b[n].conj() * turn).real.sum() / head**0.5)
             for weight, value in zip(torch.stack(scores).softmax(0), v[:, part], strict=True):
                 mixed[m, part] += weight * value
-    ours = block._attend(x, rotary_angles(grid, head, x))
+    ours = block._attend(x, rotary_angles(grid, head))
     torch.testing.assert_close(ours[0], block.out(mixed), atol=1e-5, rtol=1e-5)
 
 
 def test_scores_know_the_offset_alone():
     q, k = noise(16), noise(16, seed=1)
-    angles = rotary_angles((6, 7), 16, q).unflatten(0, (6, 7))
+    angles = rotary_angles((6, 7), 16).unflatten(0, (6, 7))
 
     def score(a, b):
         return (rotate(q, angles[a]) * rotate(k, angles[b])).sum().item()
