@@ -22,7 +22,7 @@ from arbscale.bench import images_per_second
 from arbscale.data import open_dataset
 from arbscale.diffusion import denoising_loss
 from arbscale.distances import frechet_distance, precision_recall
-from arbscale.features import extractor
+from arbscale.features import extractor, fingerprint, reference_features
 from arbscale.generation import BATCH, RealPictures
 from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.presets import Preset
@@ -160,13 +160,13 @@ class _Arena:
         name = "scenes" if data == "scenes" else "afhq_cats"
         train, test = (open_dataset(name, split) for split in ("train", "test"))
         self.base = self._base(train).to(self.device)
-        preset = self.base.preset
         self.source = training.scene_source() if data == "scenes" else _whole(train)
         self.real, self.held_out = (
             RealPictures(images, min(settings.number, len(images))) for images in (train, test)
         )
         self.network = extractor(settings.features, self.device)
-        self.weights = latents.fingerprint(self.base.first_stage, preset.to_dict())
+        pictures = fingerprint(train), fingerprint(test)
+        self.key = latents.fingerprint(self.base.first_stage, pictures)
 
     def preset(self, name: str) -> Preset:
         """Return a contestant's preset."""
@@ -181,7 +181,7 @@ class _Arena:
     def run(self, name: str, seed: int) -> dict:
         """Train a contestant, and measure it."""
         settings, preset = self.settings, self.preset(name)
-        facts = preset.to_dict(), self.weights, settings.steps, settings.pool
+        facts = preset.to_dict(), self.key, settings.steps, settings.pool
         folder = f"{self.data}-{name}-{seed}-{_digest(*facts)}"
         piece = f"{folder}-{_digest(settings.number, settings.features, TIMES, SAMPLING_STEPS)}"
         told = {"data": self.data, "contestant": name, "seed": seed}
@@ -189,7 +189,7 @@ class _Arena:
 
     def floor(self) -> dict:
         """Compare the held-out real pictures with the reference, as if they were generated."""
-        return self._compare(self._see(self.held_out, "held out")["features"])
+        return self._compare(self._see(self.held_out, "held out"))
 
     def _base(self, train: Sequence[Tensor]) -> ArbitraryScaleModel:
         """Return the model whose first stage all contestants share."""
@@ -198,9 +198,10 @@ class _Arena:
         if self.settings.cats:
             return ArbitraryScaleModel.load(self.settings.cats)
         steps = self.settings.first_stage_steps
-        folder = self.partial.folder / f"cats-{_digest(steps)}"
+        preset = replace(presets.scenes(), name="cats", target_sizes=(32, 128))
+        key = _digest(preset.to_dict(), steps, fingerprint(train))
+        folder = self.partial.folder / f"cats-{key}"
         if not (folder / "model").is_dir():
-            preset = replace(presets.scenes(), name="cats", target_sizes=(32, 128))
             torch.manual_seed(0)
             model = ArbitraryScaleModel(preset, manifest={"name": "cats"}).to(self.device)
             source = training.photo_source(train, preset)
@@ -238,17 +239,17 @@ class _Arena:
         }
 
     def _compare(self, features: Tensor) -> dict:
-        real = self._reference()
+        real = self._see(self.real, "reference")
         precision, recall = precision_recall(features, real)
         distance = frechet_distance(features, real)
         return {"distance": distance, "precision": precision, "recall": recall}
 
-    def _reference(self) -> Tensor:
-        piece = f"reference-{self.data}-{_digest(self.real.count, self.network.key, self.weights)}"
-        return self.partial.tensors(piece, lambda: self._see(self.real, "reference"))["features"]
-
-    def _see(self, real: RealPictures, what: str) -> dict[str, Tensor]:
-        return {"features": torch.cat([self.network(x) for x in self._pictures(real, what)])}
+    def _see(self, real: RealPictures, what: str) -> Tensor:
+        """Return the features of real pictures, which are kept in the user's cache."""
+        side = self.base.preset.image_size
+        name = f"{real.kernel}, {side}x{side}, first {real.count}"
+        pictures = self._pictures(real, what)
+        return reference_features(name, real.images, self.network, lambda: pictures)
 
     def _pictures(self, real: RealPictures, what: str) -> Iterator[Tensor]:
         size = (self.base.preset.image_size,) * 2

@@ -84,6 +84,7 @@ def small(monkeypatch, tmp_path):
     """Put miniature models and a few cats where the real ones are looked for."""
     monkeypatch.setattr(weights, "SHIPPED", (tmp_path / "models",))
     monkeypatch.setenv("ARBSCALE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("ARBSCALE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(ablation, "SAMPLING_STEPS", 2)
     monkeypatch.setattr(ablation, "cost", functools.partial(cost, seconds=0.0))
     light = {"transformer_width": 32, "transformer_blocks": 2, "unet_multipliers": (1,)}
