@@ -77,23 +77,24 @@ endef
 export CHECK
 
 # When and with which Python a notebook ran differs each time; outputs and counts stay. Large
-# pictures are stored with 256 colours, which keeps a notebook under the limit of its contract.
+# pictures are stored with 256 colours, dithered where the limit of the notebooks' contract allows.
 define STRIP
-import base64, io, sys, nbformat
+import base64, io, os, sys, nbformat
 from PIL import Image
-def smaller(png):
-    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
-    buffer = io.BytesIO()
-    picture.save(buffer, "png", optimize=True)
+def smaller(png, dither):
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    palette, buffer = picture.quantize(256), io.BytesIO()
+    picture.quantize(palette=palette, dither=dither).save(buffer, "png", optimize=True)
     return min(png, base64.b64encode(buffer.getvalue()).decode() + "\n", key=len)
 for path in sys.argv[1:]:
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.get("language_info", {}).pop("version", None)
+    dither = Image.Dither.FLOYDSTEINBERG if os.path.getsize(path) < 2_000_000 else Image.Dither.NONE
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         for data in [output.get("data", {}) for output in cell.get("outputs", [])]:
-            if len(data.get("image/png", "")) > 100_000:
-                data["image/png"] = smaller(data["image/png"])
+            if len(data.get("image/png", "")) > 20_000:
+                data["image/png"] = smaller(data["image/png"], dither)
     nbformat.write(notebook, path)
 endef
 export STRIP

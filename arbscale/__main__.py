@@ -77,17 +77,27 @@ def upscale(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Score a model beside its baselines on unseen pictures; print a table, write JSON."""
     started = time.perf_counter()
+    _check_report(args.output)
     model = ArbitraryScaleModel.load(args.model).to(pick_device())
     task = args.task or ("upscale" if model.preset.low_size else "reconstruct")
-    args.data = args.data or ("photos" if model.preset.low_size else "scenes")
+    usual = "photos" if model.preset.low_size else model.manifest.get("data", "scenes")
+    args.data = args.data or usual
     run = _evaluate_generation if task == "generate" else _evaluate_pairs
-    report, partial = run(args, model, task)
+    try:
+        report, partial = run(args, model, task)
+    except KeyboardInterrupt:
+        kept = (
+            "the same command goes on from here" if args.output else "with -o it could be resumed"
+        )
+        raise RuntimeError(f"stopped; {kept}") from None
     report["timing"] = {"seconds": round(time.perf_counter() - started, 1)}
     _report(report, args.output)
     partial.finish()
 
 
-def _evaluate_pairs(args: argparse.Namespace, model: ArbitraryScaleModel, task: str) -> Any:
+def _evaluate_pairs(
+    args: argparse.Namespace, model: ArbitraryScaleModel, task: str
+) -> tuple[dict, Partial]:
     from arbscale.data import open_dataset
     from arbscale.features import fingerprint
     from arbscale.protocols import get_protocol
@@ -114,9 +124,11 @@ def _evaluate_pairs(args: argparse.Namespace, model: ArbitraryScaleModel, task: 
     return report, partial
 
 
-def _evaluate_generation(args: argparse.Namespace, model: ArbitraryScaleModel, task: str) -> Any:
+def _evaluate_generation(
+    args: argparse.Namespace, model: ArbitraryScaleModel, task: str
+) -> tuple[dict, Partial]:
     from arbscale import generation
-    from arbscale.data import open_dataset
+    from arbscale.data import ContinuousScenes, open_dataset
     from arbscale.features import fingerprint
 
     if model.preset.low_size:
@@ -124,7 +136,10 @@ def _evaluate_generation(args: argparse.Namespace, model: ArbitraryScaleModel, t
     n = args.number or 1000
     split = args.split or "train"
     others = "test" if split != "test" else "train"
-    real, unseen = (open_dataset(args.data, s) for s in (split, others))
+    if args.data == "scenes":  # there are as many as are asked for
+        real, unseen = (ContinuousScenes(n, split=s) for s in (split, others))
+    else:
+        real, unseen = (open_dataset(args.data, s) for s in (split, others))
     side = model.preset.image_size
     job = generation.Job(
         model,
@@ -154,6 +169,11 @@ def _partial(args: argparse.Namespace, report: dict, pictures: str) -> Partial:
     return Partial(folder, {**report, "command": None, "fingerprint": pictures})
 
 
+def _check_report(path: Path | None) -> None:
+    if path and (path.is_dir() or path.suffix.lower() != ".json"):
+        raise ValueError(f"{path}: name a JSON file, such as results/{path.stem or 'scores'}.json")
+
+
 def _report(report: dict, output: Path | None) -> None:
     if output:
         reports.write(report, output)
@@ -167,6 +187,7 @@ def table(args: argparse.Namespace) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     """Time a model per size, end to end and for decoding alone, beside the usual forms."""
+    _check_report(args.output)
     model = ArbitraryScaleModel.load(args.model).to(pick_device())
     seconds = 0.0 if args.quick else args.seconds
     report = benchmark.measure(model, args.sizes, args.batch, args.steps, seconds)

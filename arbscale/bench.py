@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,9 +53,7 @@ def images_per_second(
         Where the work is done; None is the CPU.
 
     """
-    from torch.utils.benchmark import Timer
-
-    timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+    timer = _timer_class()("f()", globals={"f": function}, num_threads=torch.get_num_threads())
     device = device or torch.device("cpu")
     _reset_peak(device)
     measured = timer.blocked_autorange(min_run_time=seconds)
@@ -175,6 +174,18 @@ def naive_render(liif: LIIF, features: Tensor, size: tuple[int, int]) -> Tensor:
             areas.append(offset.prod(-1, keepdim=True).abs() + 1e-9)
     rgb = sum(a * b for a, b in zip(answers, areas[::-1], strict=True)) / sum(areas)
     return rgb.mT.reshape(1, 3, *size)
+
+
+def _timer_class() -> type:
+    """Import torch's timer, which warns of a CUDA compiler without a GPU: not needed here."""
+    log = logging.getLogger("torch.utils.cpp_extension")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        from torch.utils.benchmark import Timer
+    finally:
+        log.setLevel(level)
+    return Timer
 
 
 def _reset_peak(device: torch.device) -> None:

@@ -127,13 +127,18 @@ def check(job: Job, allow_few: bool) -> None:
     """Refuse a job that cannot give what its table would claim; ValueError says why."""
     if len({job.model.latent_grid(size) for size in job.sizes}) > 1:
         raise ValueError("sizes of one aspect ratio are needed: they show the same latents")
+    if len(job.sizes) > 1 and min(min(size) for size in job.sizes) < 16:
+        raise ValueError("SelfSSIM needs sides of 16 px or more; leave the smaller sizes out")
     if job.features not in FEATURES:
         raise ValueError(f"unknown features {job.features!r}; take one of {', '.join(FEATURES)}")
-    if job.features == "inception" and min(job.n, job.real.count) < FID_LEAST and not allow_few:
-        raise ValueError(
-            f"FID needs {FID_LEAST} pictures on both sides, got {job.n} and {job.real.count}; take "
-            "more, or say --allow-few and report the number with it"
-        )
+    least = min(job.n, job.real.count)
+    if job.features == "inception" and least < FID_LEAST:
+        if not allow_few:
+            raise ValueError(
+                f"FID needs {FID_LEAST} pictures on both sides, got {job.n} and {job.real.count}; "
+                "take more, or say --allow-few and report the number with it"
+            )
+        print(f"FID over {least} pictures is biased upwards", file=sys.stderr)
 
 
 def protocol(job: Job) -> dict:

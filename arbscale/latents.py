@@ -75,7 +75,9 @@ def _open(folder: Path, key: str) -> Latents | None:
             print(f"latents: those in {folder} are of other weights or pictures; encoding again")
             return None
         # Copy-on-write: PyTorch takes no read-only arrays.
-        return Latents(tuple(np.load(folder / n, mmap_mode="c") for n in record["files"]))
+        return Latents(
+            tuple(np.load(folder / n, mmap_mode="c", allow_pickle=False) for n in record["files"])
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

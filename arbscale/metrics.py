@@ -133,7 +133,7 @@ def lpips(a: Tensor, b: Tensor, net: str = "alex") -> float:
             f"and {tuple(b.shape)}; crop or resize them"
         )
     a, b = (_check_images(x) for x in (a, b))
-    network = _lpips_network(net).to(a.device)
+    network = lpips_network(net).to(a.device)
     with torch.no_grad():
         pairs = zip(a.clamp(-1, 1).float(), b.clamp(-1, 1).float(), strict=True)
         return sum(network(x[None], y[None]).item() for x, y in pairs) / len(a)
@@ -148,7 +148,8 @@ _BACKBONES = {"alex": "alexnet", "squeeze": "squeezenet1_1"}
 
 
 @functools.lru_cache(maxsize=2)
-def _lpips_network(net: str) -> torch.nn.Module:
+def lpips_network(net: str) -> torch.nn.Module:
+    """Return the network behind `lpips`, on the CPU; it is loaded once and shared."""
     import lpips as package
 
     state = backbone_state(_BACKBONES[net])

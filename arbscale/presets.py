@@ -13,16 +13,6 @@ from arbscale.transformer import LatentTransformer
 from arbscale.unet import UNet
 from arbscale.uvit import TransformerDenoiser
 
-LATER = {  # fields that old manifests lack
-    "kl_weight",
-    "lpips_weight",
-    "crop",
-    "prediction",
-    "denoiser",
-    "transformer_width",
-    "transformer_blocks",
-    "merge",
-}
 DENOISERS = ("unet", "unet_transformer", "transformer")
 
 
@@ -114,16 +104,12 @@ class Preset:
 
     @classmethod
     def from_dict(cls, values: dict) -> Preset:
-        """Read what `to_dict` wrote; ValueError on unknown or missing fields.
-
-        Those of `LATER` may be missing: models saved before they came have their defaults.
-        """
+        """Read what `to_dict` wrote; ValueError on unknown or missing fields."""
         known = {f.name for f in fields(cls)}
-        unknown, missing = set(values) - known, known - LATER - set(values)
-        if unknown or missing:
+        if set(values) != known:
             raise ValueError(
-                f"the preset does not fit this version: unknown {sorted(unknown)}, missing "
-                f"{sorted(missing)}; save the model again with this version"
+                f"the preset does not fit this version: unknown {sorted(set(values) - known)}, "
+                f"missing {sorted(known - set(values))}; save the model again with this version"
             )
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 

@@ -56,6 +56,7 @@ class Protocol:
         """Return the choices as JSON can hold them."""
         return {
             **asdict(self),
+            "crop": "at random, seeded by the picture's number" if self.crop else None,
             "low": "antialiased bicubic (PIL, a = -0.5), 8 bits",
             "psnr and ssim": "8 bits, mean of per-image values",
         }

@@ -77,7 +77,7 @@ def _caption(report: dict) -> str:
         facts.append(f"protocol {protocol['name']} ({protocol['space'].upper()}, {border})")
     if sampling := protocol.get("sampling"):
         facts.append("{sampler}, {steps} steps, seed {seed}".format(**sampling))
-    facts.append(f"{machine['device']}, {machine['threads']} threads")
+    facts.append(f"{machine['device']}, threads: {machine['threads']}")
     return "; ".join(facts) + ":"
 
 
@@ -109,8 +109,7 @@ def _generation(report: dict) -> list[str]:
         for row in results["rows"]
     ]
     lines = [
-        f"Distance over {protocol['distance over']}; precision and recall over "
-        f"{protocol['precision and recall over']}; against {protocol['reference']} pictures "
+        f"{_networks(protocol)}; against {protocol['reference']} real pictures "
         f"({protocol['real pictures']}); ± is {protocol['interval']}.",
         "",
         *_markdown(["size", "method", "pictures", distance, "precision", "recall"], rows),
@@ -127,6 +126,13 @@ def _generation(report: dict) -> list[str]:
     return lines
 
 
+def _networks(protocol: dict) -> str:
+    distance, neighbours = protocol["distance over"], protocol["precision and recall over"]
+    if neighbours.startswith(distance):
+        return f"Distance, precision and recall over {neighbours}"
+    return f"Distance over {distance}; precision and recall over {neighbours}"
+
+
 def distance_title(features: str) -> str:
     """Return what the Fréchet distance over these features is called: FID over Inception alone."""
     return "FID" if features == "inception" else f"Fréchet distance, {features} features"
@@ -141,8 +147,8 @@ def _matrices(consistency: dict) -> list[str]:
         for variant, matrix in variants.items()
         for at, values in zip(sizes, matrix, strict=True)
     ]
-    columns = ["SelfSSIM", "variant", "measured at", *(f"against {size}" for size in sizes)]
-    return [f"Over {consistency['pictures']} pictures:", "", *_markdown(columns, rows)]
+    columns = ["method", "variant", "measured at", *(f"against {size}" for size in sizes)]
+    return [f"SelfSSIM over {consistency['pictures']} pictures:", "", *_markdown(columns, rows)]
 
 
 def _speed(report: dict) -> list[str]:
@@ -153,7 +159,7 @@ def _speed(report: dict) -> list[str]:
             row["task"],
             f"{row['images_per_second']:.4g}",
             f"{1000 * row['seconds']:.4g}",
-            f"{1000 * row['spread']:.2g}",
+            f"{1000 * row['spread']:.2g}" if row["repeats"] > 1 else "-",
             str(row["repeats"]),
             "-" if row["peak_megabytes"] is None else f"{row['peak_megabytes']:.0f}",
         ]

@@ -19,7 +19,7 @@ class Partial:
 
     Pieces are written to another name first and renamed, so a piece that is there is whole. They
     hold for one `protocol` (anything that JSON can hold): another one clears the folder. Without a
-    folder the pieces live in a temporary one.
+    folder the pieces live in a temporary one. ValueError for a folder that holds something else.
     """
 
     def __init__(self, folder: Path | None, protocol: dict):
@@ -29,7 +29,7 @@ class Partial:
         kept = self.folder / PROTOCOL
         if not kept.is_file() or kept.read_text(encoding="utf-8") != key:
             if folder and folder.is_dir():
-                shutil.rmtree(folder)
+                self._clear(folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write(kept, lambda path: path.write_text(key, encoding="utf-8"))
 
@@ -53,7 +53,18 @@ class Partial:
 
     def finish(self) -> None:
         """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._temporary:
+            self._temporary.cleanup()
+        else:
+            shutil.rmtree(self.folder)
+
+    def _clear(self, folder: Path) -> None:
+        if any(folder.iterdir()) and not (folder / PROTOCOL).is_file():
+            raise ValueError(
+                f"{folder} is where finished pieces would be kept, and holds something else; move "
+                "it, or name another output"
+            )
+        shutil.rmtree(folder)
 
     def _write(self, path: Path, write: Callable[[Path], Any]) -> None:
         unfinished = path.with_name(f"{path.name}.unfinished")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 from torch import Tensor
@@ -49,7 +48,7 @@ class RunLog:
 
         from arbscale.viz import contact_sheet
 
-        sheet = contact_sheet(pictures, columns=math.isqrt(len(pictures) - 1) + 1, box=200)
+        sheet = contact_sheet(pictures, columns=2, box=200)  # they come in pairs
         path = self.folder / "samples" / f"{self.stage}-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         sheet.save(path)
@@ -78,7 +77,7 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """Return the lines of a run's log: stage, step, loss, lr, rate and waiting share."""
+    """Return a run's log: stage, step, loss, lr, rate, a step's seconds, share of waiting."""
     path = Path(folder) / LOG
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:

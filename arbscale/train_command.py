@@ -44,6 +44,7 @@ class TrainOptions:
     parts: tuple[float, float, float] | None = None
     """split a folder in train, val and test: counts, or fractions"""
     subset: int | None = None  # take this many pictures of the training split
+    profile: bool = False  # measure loading and training instead; OUTPUT gets profile.txt
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained; ValueError says what is wanted."""
@@ -92,8 +93,29 @@ def _read(words: list[str], preset: Preset) -> TrainOptions:
         raise ValueError(f"{' '.join(lines[:end])}; see {PROG} NAME --help") from None
 
 
+def profile(options: TrainOptions) -> None:
+    """Print how fast each stage gets its data and learns; write one step's operations."""
+    from arbscale.profiling import profile
+
+    torch.manual_seed(options.seed)
+    model = _model(options).to(process_state().device)
+    lines, tables = [], []
+    for name, rates, table in profile(model, _source(options, model.preset), options.run):
+        tables.append(f"{name}, one step\n{table}")
+        lines.append(
+            f"{name:12} loading {rates['loading']:8.1f} /s   training {rates['training']:8.1f} /s"
+            f"   waiting for data {rates['waiting']:6.1%} of a step"
+        )
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "profile.txt"
+    path.write_text("\n".join([*lines, "", *tables]) + "\n", encoding="utf-8")
+    print("\n".join(lines) + f"\nprofile: {path}")
+
+
 def train(options: TrainOptions) -> None:
     """Run the stages; the first process of several writes."""
+    if options.profile:
+        return profile(options)
     state = process_state()
     folder = options.run.folder
     with state.main_process_first():
@@ -184,12 +206,13 @@ def _claim(folder: Path, options: TrainOptions) -> None:
     """Write the configuration, or see that a resumed run has the one it was begun with."""
     path = folder / CONFIG
     now = json.loads(json.dumps(asdict(options), default=str))
-    if path.is_file():
-        if not options.run.resume:
-            raise ValueError(
-                f"{folder} already holds a run; add --resume to go on with it, or name another by "
-                "--folder"
-            )
+    begun = any((folder / "checkpoints").glob("*/step-*"))
+    if begun and not options.run.resume:
+        raise ValueError(
+            f"{folder} already holds a run; add --resume to go on with it, or name another by "
+            "--folder"
+        )
+    if begun and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))["options"]
         kept = ("data", "seed", "joint", "start", "pool", "parts", "subset")
         changed = [k for k in kept if before[k] != now[k]]

@@ -115,7 +115,7 @@ class _Training:
         self.stage, self.steps, self.seed, self.run = stage, steps, seed, run
         self.accelerator = make_accelerator(run, next(stage.parameters()).device)
         self.folder = run.folder and Path(run.folder) / "checkpoints" / stage.name
-        self.step, self.losses, self.seconds, self.saved = 0, [], 0.0, None
+        self.step, self.losses, self.seconds = 0, [], 0.0
 
     def fit(self) -> list[float]:
         """Train from where the folder's newest checkpoint stands."""
@@ -125,7 +125,10 @@ class _Training:
             return found[0]["losses"].tolist()
         try:
             self._build(found)
-            self._loop() if self.step < self.steps else self._finish()
+            if self.step < self.steps:
+                self._loop()
+            else:
+                self._finish()
         except OSError as error:
             raise RuntimeError(f"{self.stage.name}: {error}; {self._mend()}") from error
         finally:
@@ -185,7 +188,7 @@ class _Training:
         self.log = RunLog(run.folder, stage.name, self.step, accelerator.is_main_process)
 
     def _restore(self, tensors: dict[str, Tensor], record: dict) -> None:
-        self.step = self.saved = record["step"]
+        self.step = record["step"]
         self.losses, self.seconds = tensors["losses"].tolist(), record["seconds"]
         if self.average is not None:
             self.average.load_state_dict(_under("average", tensors))
@@ -199,11 +202,15 @@ class _Training:
     def _loop(self) -> None:
         main = self.accelerator.is_main_process
         options = {"initial": self.step, "total": self.steps, "unit": "step", "mininterval": 1}
-        batches = self._batches()
+        parts, accelerator = self.run.accumulation, self.accelerator
+        wanted = range(self.step * parts, self.steps * parts)
+        shared = accelerator.num_processes, accelerator.process_index
         with (
             _signals_noted(self.folder is not None) as signals,
             tqdm(desc=self.stage.name, disable=not main, **options) as bar,
         ):
+            # Begun here so that its workers, too, outlive the first Ctrl-C.
+            batches = iter(loader(self.stage, wanted, self.seed, self.run, *shared))
             while self.step < self.steps:
                 started = time.perf_counter()
                 loss, waited, stop = self._advance(batches, signals)
@@ -217,26 +224,6 @@ class _Training:
                 if stop:
                     name = signals[0] if signals else "a signal to another process"
                     raise RuntimeError(f"{self.stage.name}: stopped by {name}; {self._mend()}")
-
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
-        parts = self.run.accumulation
-        draws = _Draws(
-            self.stage,
-            self.seed,
-            parts,
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-        )
-        return iter(
-            DataLoader(
-                draws,
-                batch_size=None,
-                sampler=range(self.step * parts, self.steps * parts),
-                num_workers=self.run.workers,
-                pin_memory=self.device.type == "cuda",
-                generator=torch.Generator(),  # the loader would draw from the global one
-            )
-        )
 
     def _advance(
         self, batches: Iterator[dict[str, Tensor]], signals: list[str]
@@ -314,6 +301,7 @@ class _Training:
                 loss=loss,
                 lr=self.optimiser.param_groups[0]["lr"],
                 rate=rate,
+                seconds=seconds,
                 waiting=waited / seconds,
             )
         if every and self.step % every == 0 and self.log.active:
@@ -349,7 +337,6 @@ class _Training:
             }
             keep = 1 if finished else self.run.keep
             checkpoints.save(self.folder, self.step, tensors, record, keep)
-        self.saved = self.step
         self.accelerator.wait_for_everyone()
 
     def _optimiser_tensors(self) -> dict[str, Tensor]:
@@ -414,6 +401,23 @@ class _Draws(Dataset):
         first = (part * self.processes + self.process) * share
         generator = step_generator(self.seed, self.stage.name, step)
         return self.stage.draw(generator, slice(first, first + share))
+
+
+def loader(
+    stage: Stage, wanted: range, seed: int, run: Run, processes: int = 1, process: int = 0
+) -> DataLoader:
+    """Return what process `process` of `processes` looks at in the wanted parts of the run.
+
+    A step has `run.accumulation` parts; part 0 is the first of step 0.
+    """
+    return DataLoader(
+        _Draws(stage, seed, run.accumulation, processes, process),
+        batch_size=None,
+        sampler=wanted,
+        num_workers=run.workers,
+        pin_memory=next(stage.parameters()).device.type == "cuda",
+        generator=torch.Generator(),  # the loader would draw from the global one
+    )
 
 
 def step_generator(seed: int, name: str, step: int) -> torch.Generator:

@@ -435,9 +435,9 @@ def _perceptual(preset: Preset, rgb: Tensor, target: Tensor) -> Tensor | float:
     """Weighted LPIPS of pictures (B, 3, H, W), where the preset asks for it."""
     if not preset.lpips_weight:
         return 0.0
-    from arbscale.metrics import _lpips_network
+    from arbscale.metrics import lpips_network
 
-    network = _lpips_network().to(rgb.device).requires_grad_(False)
+    network = lpips_network("alex").to(rgb.device).requires_grad_(False)
     return preset.lpips_weight * network(rgb, target).mean()
 
 

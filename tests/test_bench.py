@@ -45,3 +45,12 @@ def test_the_usual_form_must_agree(monkeypatch):
     monkeypatch.setattr(bench, "naive_render", lambda *args: right(*args) + 0.01)
     with pytest.raises(RuntimeError, match="disagree"):
         bench.measure(model, [16], seconds=0.001)
+
+
+def test_memory_that_the_system_does_not_tell_is_none(monkeypatch):
+    def refused(*args):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(bench.Path, "write_text", refused)
+    bench._reset_peak(torch.device("cpu"))
+    assert bench._peak(torch.device("meta")) is None

@@ -152,15 +152,18 @@ def test_real_pictures_are_reduced_never_enlarged():
         RealPictures([image] * 7, 7)
 
 
-def test_jobs_that_cannot_be_done(job):
+def test_jobs_that_cannot_be_done(job, capsys):
     with pytest.raises(ValueError, match="one aspect ratio"):
         generation.check(dataclasses.replace(job, sizes=((32, 32), (32, 64))), False)
+    with pytest.raises(ValueError, match="sides of 16 px"):
+        generation.check(dataclasses.replace(job, sizes=((32, 32), (12, 12))), False)
     with pytest.raises(ValueError, match="unknown features 'clip'; take one of encoder, alexnet"):
         generation.check(dataclasses.replace(job, features="clip"), False)
     few = dataclasses.replace(job, features="inception")
     with pytest.raises(ValueError, match="FID needs 2048 pictures .* got 22 and 24.*--allow-few"):
         generation.check(few, False)
     generation.check(few, True)
+    assert "FID over 22 pictures is biased" in capsys.readouterr().err
 
 
 def test_inception_goes_with_vgg16(job):

@@ -132,7 +132,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("ARBSCALE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ARBSCALE_WEIGHTS", raising=False)
-    metrics._lpips_network.cache_clear()
+    metrics.lpips_network.cache_clear()
 
 
 def report_of(path):
@@ -182,8 +182,8 @@ def test_evaluate_generates_resumes_and_repeats_itself(run, tmp_path, offline, m
         return compare(*args)
 
     monkeypatch.setattr(generation, "compare_sets", stops)
-    with pytest.raises(KeyboardInterrupt):
-        run(*words)
+    status, line = run(*words)
+    assert status == 2 and "the same command goes on" in line[0]
     assert list((tmp_path / "g.partial").glob("32x32-ours*")) and not (tmp_path / "g.json").exists()
     monkeypatch.setattr("sys.argv", ["arbscale", *map(str, words)])
     assert run(*words)[0] == 0
@@ -212,6 +212,7 @@ def test_evaluate_generates_resumes_and_repeats_itself(run, tmp_path, offline, m
             "--features encoder",
         ),
         (("scenes", "--task", "fly"), "invalid choice"),
+        (("scenes", "-o", "results"), "name a JSON file"),
     ],
 )
 def test_evaluate_says_what_it_cannot_do(run, offline, words, hint):

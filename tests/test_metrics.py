@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from arbscale.images import load_image
-from arbscale.metrics import _lpips_network, lpips, lpips_is_there, psnr, self_ssim, ssim
+from arbscale.metrics import lpips_network, lpips, lpips_is_there, psnr, self_ssim, ssim
 
 GOLDEN = Path(__file__).parent / "golden" / "selfssim.safetensors"
 
@@ -212,7 +212,7 @@ def test_lpips_errors(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv("ARBSCALE_WEIGHTS", raising=False)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
-    _lpips_network.cache_clear()
+    lpips_network.cache_clear()
     assert not lpips_is_there()
     with pytest.raises(FileNotFoundError, match="put alexnet_features.pth into that folder"):
         lpips(smooth(32), smooth(32))

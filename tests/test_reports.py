@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -51,8 +52,11 @@ def test_a_table_of_generated_pictures():
     assert "| 64 x 96 | ours | 1000 | 12.35 ± 0.12 | 0.500 ± 0.010 | 0.250 ± 0.020 |" in text
     assert "Fréchet distance, alexnet features" in text and "no FID" in text
     assert "| ours | clean | 64 x 96 | 1.0000 | 0.9877 |" in text
-    for fact in ("cats, train", "network A", "network B, k = 3", "900 pictures", "ddim, 20 steps"):
+    for fact in ("cats, train", "network A", "network B, k = 3", "900 real", "ddim, 20 steps"):
         assert fact in text
+    same = generated("alexnet")
+    same["protocol"]["distance over"] = "network B"
+    assert "precision and recall over network B, k = 3; against" in reports.table(same)
     assert text.endswith("By `python -m arbscale evaluate m`.")
     inception = reports.table(generated("inception"))
     assert "| FID |" in inception and "Patch FID: 1.5 over 1000" in inception
@@ -70,7 +74,7 @@ def test_a_table_of_pairs_and_of_speeds():
     }
     text = reports.table(report)
     assert "| x3.7 | bicubic | 27.12 | 0.8124 |" in text and "LPIPS" not in text
-    assert "protocol div2k (RGB, border scale + 6); cpu, 2 threads" in text
+    assert "protocol div2k (RGB, border scale + 6); cpu, threads: 2" in text
     report["protocol"] |= {"lpips": "v0.1", "shave": None}
     assert "| 0.1000 |" in reports.table(report) and "no border" in reports.table(report)
     row = {"size": [8, 8], "task": "decoding alone", "images_per_second": 4.0, "seconds": 0.5}
@@ -79,6 +83,8 @@ def test_a_table_of_pairs_and_of_speeds():
     speeds["protocol"] = {"batch": 2, "precision": "float32"}
     text = reports.table(speeds)
     assert "| 8 x 8 | decoding alone | 4 | 500 | 10 | 3 | - |" in text and "| 123 |" in text
+    row["repeats"] = 1  # has no spread
+    assert "| 500 | - | 1 | - |" in reports.table({**speeds, "results": [row]})
 
 
 def test_reports_are_written_whole_and_read_back(tmp_path):
@@ -92,3 +98,21 @@ def test_reports_are_written_whole_and_read_back(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match="no report of"):
             reports.read(path)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = [p for p in sorted(ROOT.glob("data/*/*.json")) if p.name != "manifest.json"]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_published_results_are_of_the_weights_that_ship(path):
+    files = json.loads((path.parent / "manifest.json").read_text())["files"]
+    assert json.loads(path.read_text())["weights"] == [file["sha256"] for file in files]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_published_tables_are_those_of_the_command(path):
+    """Nothing between a measurement and the README was typed by hand."""
+    rows = [x for x in reports.table(reports.read(path)).splitlines() if x.startswith("| ")]
+    published = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert rows and not [row for row in rows if row not in published]

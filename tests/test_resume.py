@@ -37,6 +37,16 @@ def test_another_protocol_starts_afresh(tmp_path):
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["one.json", "protocol.json"]
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/thesis.txt").write_text("")
+    with pytest.raises(ValueError, match="holds something else"):
+        Partial(tmp_path / "a", {})
+    assert (tmp_path / "a/thesis.txt").is_file()
+    (tmp_path / "a/thesis.txt").unlink()
+    assert Partial(tmp_path / "a", {}).folder == tmp_path / "a"
+
+
 def test_what_was_not_finished_does_not_count(tmp_path):
     partial = Partial(tmp_path / "a", {})
 

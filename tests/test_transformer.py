@@ -238,11 +238,8 @@ def test_saved_and_loaded_with_its_preset(kind, tmp_path):
     assert torch.equal(loaded.generate(1, 20, steps=2), model.generate(1, 20, steps=2))
 
 
-def test_models_saved_before_have_the_plain_unet():
-    values = presets.tiny().to_dict()
-    for field in ("denoiser", "transformer_width", "transformer_blocks", "merge"):
-        del values[field]
-    assert Preset.from_dict(values) == presets.tiny()
+def test_without_being_asked_for_there_is_none():
+    assert presets.tiny().denoiser == "unet"
     assert type(presets.build_denoiser(presets.tiny())) is UNet
 
 
