@@ -128,10 +128,10 @@ def ablate(settings: Settings, partial: Partial) -> dict:
         data, names = COMPARISONS[title]
         wanted.setdefault(data, {}).update(dict.fromkeys(names))
     total = settings.seeds * sum(len(names) for names in wanted.values())
-    costs, runs, floors, model = {}, [], {}, None
+    arenas = {data: _Arena(data, settings, partial) for data in wanted}  # what lacks shows now
+    costs, runs, floors = {}, [], {}
     for data, names in wanted.items():
-        arena = _Arena(data, settings, partial)
-        model = model or arena.base
+        arena = arenas[data]
         floors[data] = arena.floor()
         costs[data] = {name: arena.cost(name) for name in names}
         for seed in range(settings.seeds):  # a stopped comparison has whole rounds
@@ -148,6 +148,7 @@ def ablate(settings: Settings, partial: Partial) -> dict:
         "distance over": extractor(settings.features).label,
     }
     results = {"costs": costs, "runs": runs, "floors": floors}
+    model = next(iter(arenas.values())).base
     return {**header(model, "ablate", protocol), "results": results}
 
 
