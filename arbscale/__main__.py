@@ -194,6 +194,23 @@ def bench(args: argparse.Namespace) -> None:
     _report(report, args.output)
 
 
+def ablate(args: argparse.Namespace) -> None:
+    """Train denoisers with and without a transformer at equal cost; print tables, write JSON."""
+    from arbscale import ablation
+
+    settings = ablation.Settings(
+        tuple(args.compare or ablation.Settings().comparisons),
+        args.seeds,
+        args.steps,
+        args.pool,
+        args.number,
+        args.features,
+        tuple(args.first_stage_steps),
+        args.cats,
+    )
+    _report(ablation.ablate(settings, ablation.open_folder(args.folder)), args.output)
+
+
 def train(args: argparse.Namespace) -> None:
     """Train a preset through its four stages; `train --help` lists every number."""
     from arbscale import train_command
@@ -296,7 +313,7 @@ def parser() -> argparse.ArgumentParser:
         text = function.__doc__
         sub = commands.add_parser(function.__name__, help=text, description=text)
         sub.set_defaults(function=function)
-        if function not in (bench, table, check, download):
+        if function not in (bench, table, check, download, ablate):
             sub.add_argument(
                 "--seed", type=int, default=0, help="decides everything; default %(default)s"
             )
@@ -360,6 +377,26 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seconds", type=float, default=2.0, help="a row's time; default 2")
     sub.add_argument("--quick", action="store_true", help="time each row once")
     sub.add_argument("-o", "--output", type=Path, help="a JSON file")
+
+    sub = command(ablate)
+    sub.add_argument("--compare", nargs="+", metavar="TITLE", help="default: all but 'variants'")
+    sub.add_argument("--seeds", type=_count, default=3, help="runs of each; default %(default)s")
+    sub.add_argument("--steps", type=_count, default=800, help="of a run; default %(default)s")
+    sub.add_argument("--pool", type=_count, default=4096, help="encoded pictures of a run")
+    sub.add_argument("-n", "--number", type=_count, default=500, help="of pictures to measure on")
+    sub.add_argument("--features", default="encoder", help="of the distances, as for evaluate")
+    sub.add_argument("--cats", help="a model whose first stage is taken for the cats")
+    sub.add_argument(
+        "--first-stage-steps",
+        type=_count,
+        nargs=2,
+        default=(600, 2000),
+        metavar=("AUTOENCODER", "DECODER"),
+        help="of one that is trained for the cats; default 600 2000",
+    )
+    text = "finished pieces, from which a stopped comparison goes on; default %(default)s"
+    sub.add_argument("--folder", type=Path, default=Path("runs/ablation"), help=text)
+    sub.add_argument("-o", "--output", type=Path, required=True, help="a JSON file")
 
     sub = command(check)
     sub.add_argument("folder", help="a folder, or one below ARBSCALE_DATA")

@@ -9,7 +9,11 @@ from arbscale.autoencoder import Decoder, Encoder, SymmetricDecoder
 from arbscale.diffusion import NoiseSchedule
 from arbscale.first_stage import FirstStage
 from arbscale.liif import LIIF
+from arbscale.transformer import LatentTransformer
 from arbscale.unet import UNet
+from arbscale.uvit import TransformerDenoiser
+
+DENOISERS = ("unet", "unet_transformer", "transformer")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Preset:
     unet_blocks: int = 2  # residual blocks a level
     unet_attention_levels: tuple[int, ...] = (1,)  # levels with attention, 0 the widest grid
     head_channels: int = 32  # width of an attention head
+    # "unet_transformer" has a LatentTransformer in the middle, "transformer" is that alone
+    denoiser: str = "unet"  # one of DENOISERS
+    transformer_width: int = 128  # of a token
+    transformer_blocks: int = 4
+    merge: int = 2  # side of the square of latent positions that makes one token
     # schedule
     beta_start: float = 0.0015  # first beta; between, the roots are evenly spaced
     beta_end: float = 0.0195  # last beta
@@ -63,6 +72,13 @@ class Preset:
         """Refuse what no model can be trained with; ValueError says why."""
         if self.prediction not in ("eps", "v"):
             raise ValueError(f"prediction is 'eps' or 'v', got {self.prediction!r}")
+        if self.denoiser not in DENOISERS:
+            raise ValueError(f"denoiser is one of {', '.join(DENOISERS)}, got {self.denoiser!r}")
+        if min(self.merge, self.transformer_blocks) < 1:
+            raise ValueError(
+                "merge and transformer_blocks are at least 1, got "
+                f"{self.merge} and {self.transformer_blocks}"
+            )
         low, high = self.target_sizes
         if not 1 <= low <= high:
             raise ValueError(f"target_sizes are a smallest and a largest side, got {low}, {high}")
@@ -286,16 +302,26 @@ def build_first_stage(preset: Preset) -> FirstStage:
     return FirstStage(build_encoder(preset), decoder, liif, preset.posterior)
 
 
-def build_denoiser(preset: Preset) -> UNet:
+def build_denoiser(preset: Preset) -> UNet | TransformerDenoiser:
     """Build an untrained denoiser; super-resolution's takes a condition of c channels."""
+    channels = (preset.latent_channels, preset.latent_channels if preset.low_size else 0)
+    tokens = (
+        preset.transformer_width,
+        preset.transformer_blocks,
+        preset.merge,
+        preset.head_channels,
+    )
+    if preset.denoiser == "transformer":
+        return TransformerDenoiser(*channels, *tokens)
+    with_transformer = preset.denoiser == "unet_transformer"
     return UNet(
-        preset.latent_channels,
-        preset.latent_channels if preset.low_size else 0,
+        *channels,
         preset.unet_channels,
         preset.unet_multipliers,
         preset.unet_blocks,
         preset.unet_attention_levels,
         preset.head_channels,
+        (lambda *sizes: LatentTransformer(*sizes, *tokens)) if with_transformer else None,
     )
 
 

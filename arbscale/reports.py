@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,13 +54,13 @@ def read(path: Path) -> dict:
     except (ValueError, TypeError):
         pass
     raise ValueError(
-        f"{path} is no report of `python -m arbscale evaluate` or `bench`; write it again"
+        f"{path} is no report of `python -m arbscale evaluate`, `bench` or `ablate`; write it again"
     )
 
 
 def table(report: dict) -> str:
     """Return a report as markdown: one line that says what it is, the table, the command."""
-    writers = {"generate": _generation, "bench": _speed}
+    writers = {"generate": _generation, "bench": _speed, "ablate": _ablation}
     body = writers.get(report["task"], _pairs)(report)
     return "\n".join([_caption(report), "", *body, "", f"By `{report['command']}`."])
 
@@ -167,6 +168,47 @@ def _speed(report: dict) -> list[str]:
     titles = ["images a second", "ms a call", "quartiles apart, ms", "calls", "peak memory, MB"]
     batch = f"Batch {report['protocol']['batch']}, {report['protocol']['precision']}."
     return [batch, "", *_markdown(["size", "task", *titles], rows)]
+
+
+def _ablation(report: dict) -> list[str]:
+    """One table a comparison; one row a contestant, the mean and deviation over its seeds."""
+    protocol, results = report["protocol"], report["results"]
+    titles = ["parameters, M", "multiply-adds, M", "ms a step", "kept, MB", "held-out loss"]
+    titles += ["against the first", protocol["features"] + " distance", "precision", "recall"]
+    lines = [
+        f"{protocol['steps']} steps, {protocol['seeds']} seeds, mean ± deviation over them. Loss: "
+        f"{protocol['held-out loss']}. Distance over {protocol['distance over']}; "
+        f"{protocol['drawn by']}.",
+    ]
+    for title, (data, names) in protocol["comparisons"].items():
+        rows, losses, floor = [], {}, results["floors"][data]
+        for name in names:
+            runs = [r for r in results["runs"] if (r["data"], r["contestant"]) == (data, name)]
+            cost, losses[name] = results["costs"][data][name], [r["loss"] for r in runs]
+            pairs = zip(losses[name], losses[names[0]], strict=True)
+            scores = ([r[key] for r in runs] for key in ("distance", "precision", "recall"))
+            rows.append(
+                [
+                    name,
+                    f"{cost['parameters'] / 1e6:.2f}",
+                    f"{cost['multiply_adds'] / 1e6:.0f}",
+                    f"{cost['milliseconds']:.0f}",
+                    f"{cost['kept_megabytes']:.0f}",
+                    _spread(losses[name]),
+                    _spread([a - b for a, b in pairs]) if name != names[0] else "-",
+                    *(_spread(values) for values in scores),
+                ]
+            )
+        real = [f"{floor[key]:.3g}" for key in ("distance", "precision", "recall")]
+        rows.append(["held-out real pictures", *["-"] * 6, *real])
+        lines += ["", f"{title}:", "", *_markdown(["contestant", *titles], rows)]
+    return lines
+
+
+def _spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3g}"
+    return f"{statistics.mean(values):.3g} ± {statistics.stdev(values):.1g}"
 
 
 def _markdown(columns: list[str], rows: list[list[str]]) -> list[str]:

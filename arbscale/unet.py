@@ -7,6 +7,7 @@ The layout is that of Dhariwal and Nichol 2021 in the form that latent diffusion
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +96,10 @@ class UNet(nn.Module):
         Levels with attention after each block; the middle has it always.
     head_channels
         Width of an attention head.
+    middle
+        `middle(channels, time_dim)` makes what runs between the ways down and up, called with
+        activations (B, channels, h, w) and time (B, time_dim); None for the usual two residual
+        blocks with attention between them.
 
     Attributes
     ----------
@@ -113,12 +118,22 @@ class UNet(nn.Module):
         blocks: int = 2,
         attention_levels: tuple[int, ...] = (1,),
         head_channels: int = 32,
+        middle: Callable[[int, int], nn.Module] | None = None,
     ):
         super().__init__()
         self.channels, self.condition_channels = channels, condition_channels
         self.checkpointing = False
         time_dim = 4 * channels
         widths = [channels * m for m in multipliers]
+
+        def usual_middle(width: int, time_dim: int) -> Stack:
+            return Stack(
+                [
+                    ResidualBlock(width, width, time_dim),
+                    Attention(width, head_channels),
+                    ResidualBlock(width, width, time_dim),
+                ]
+            )
 
         def stack(inside: int, out: int, level: int) -> Stack:
             attention = [Attention(out, head_channels)] if level in attention_levels else []
@@ -140,13 +155,7 @@ class UNet(nn.Module):
             if level < len(widths) - 1:
                 self.shrink.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
                 skips.append(width)
-        self.middle = Stack(
-            [
-                ResidualBlock(width, width, time_dim),
-                Attention(width, head_channels),
-                ResidualBlock(width, width, time_dim),
-            ]
-        )
+        self.middle = (middle or usual_middle)(width, time_dim)
         for level, out in reversed(list(enumerate(widths))):
             self.up.append(nn.ModuleList())
             for _ in range(blocks + 1):
@@ -195,7 +204,7 @@ class UNet(nn.Module):
                 h = self.grow[i](h)
         return self.conv(F.silu(self.norm(h)))  # (B, c, h, w)
 
-    def _run(self, block: Stack, h: Tensor, time: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, h: Tensor, time: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, h, time, use_reentrant=False)
         return block(h, time)
