@@ -56,7 +56,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Let every position read from every other one."""
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).mT for f in (self.q, self.k, self.v))  # (B, h*w, C)
+        # Contiguous, or PyTorch falls back to a form that holds all (h*w)^2 weights.
+        q, k, v = (f(h).flatten(2).mT.contiguous() for f in (self.q, self.k, self.v))  # (B, h*w, C)
         h = F.scaled_dot_product_attention(q, k, v)  # (B, h*w, C)
         return x + self.out(h.mT.reshape(x.shape))
 

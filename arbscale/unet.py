@@ -181,30 +181,37 @@ class UNet(nn.Module):
             Scaled latents (B, condition_channels, h, w), if the network was built for one.
 
         """
-        if (condition is None) != (self.condition_channels == 0):
-            need = f"{self.condition_channels} channels of" if self.condition_channels else "no"
-            raise ValueError(f"this denoiser takes {need} condition; see its preset")
-        h = z_t if condition is None else torch.cat([z_t, condition], dim=1)
+        h = with_condition(z_t, condition, self.condition_channels)
         time = self.time(timestep_embedding(t, self.channels).to(h))  # (B, time_dim)
         h = self.stem(h)  # (B, channels, h, w)
         skips = [h]
         for level, blocks in enumerate(self.down):
             for block in blocks:
-                h = self._run(block, h, time)
+                h = run(self, block, h, time)
                 skips.append(h)
             if level < len(self.shrink):
                 h = self.shrink[level](h)  # (B, width, ceil(h/2), ceil(w/2))
                 skips.append(h)
-        h = self._run(self.middle, h, time)
+        h = run(self, self.middle, h, time)
         for i, blocks in enumerate(self.up):
             for block in blocks:
-                h = self._run(block, torch.cat([h, skips.pop()], dim=1), time)
+                h = run(self, block, torch.cat([h, skips.pop()], dim=1), time)
             if i < len(self.grow):  # to the next skip's size: odd sizes come back exactly
                 h = F.interpolate(h, size=skips[-1].shape[-2:], mode="nearest")
                 h = self.grow[i](h)
         return self.conv(F.silu(self.norm(h)))  # (B, c, h, w)
 
-    def _run(self, block: nn.Module, h: Tensor, time: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, h, time, use_reentrant=False)
-        return block(h, time)
+
+def with_condition(z_t: Tensor, condition: Tensor | None, channels: int) -> Tensor:
+    """Join latents (B, c, h, w) and their condition, which a denoiser has `channels` of, or 0."""
+    if (condition is None) != (channels == 0):
+        need = f"{channels} channels of" if channels else "no"
+        raise ValueError(f"this denoiser takes {need} condition; see its preset")
+    return z_t if condition is None else torch.cat([z_t, condition], dim=1)
+
+
+def run(network: nn.Module, block: nn.Module, *inputs: Tensor) -> Tensor:
+    """Call a block of a network, which keeps no activation inside where it has `checkpointing`."""
+    if network.checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)

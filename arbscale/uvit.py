@@ -8,11 +8,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from arbscale import coords
 from arbscale.transformer import TokenBlock, merge_positions, rotary_angles, spread_tokens
-from arbscale.unet import timestep_embedding
+from arbscale.unet import run, timestep_embedding, with_condition
 
 
 class TransformerDenoiser(nn.Module):
@@ -80,13 +79,10 @@ class TransformerDenoiser(nn.Module):
             Scaled latents (B, condition_channels, h, w), if the network was built for one.
 
         """
-        if (condition is None) != (self.condition_channels == 0):
-            need = f"{self.condition_channels} channels of" if self.condition_channels else "no"
-            raise ValueError(f"this denoiser takes {need} condition; see its preset")
+        h = with_condition(z_t, condition, self.condition_channels)
         size = tuple(z_t.shape[-2:])
         places = coords.grid(size).to(z_t).permute(2, 0, 1).expand(len(z_t), 2, *size)
-        h = torch.cat([z_t, places] if condition is None else [z_t, condition, places], dim=1)
-        h, grid = merge_positions(h, self.merge)
+        h, grid = merge_positions(torch.cat([h, places], dim=1), self.merge)
         h = self.embed(h)  # (B, N, width)
         time = self.time(timestep_embedding(t, self.width).to(h))  # (B, width)
         modulation = self.modulation(F.silu(time)).unflatten(-1, (6, -1))  # (B, 6, width)
@@ -95,13 +91,8 @@ class TransformerDenoiser(nn.Module):
         for i, block in enumerate(self.blocks):
             if i >= len(self.blocks) - half:
                 h = self.skips[i - len(self.blocks)](torch.cat([h, kept.pop()], dim=-1))
-            h = self._run(block, h, modulation, angles)
+            h = run(self, block, h, modulation, angles)
             if i < half:
                 kept.append(h)
         h = self.out(self.norm(h))  # (B, N, c * merge^2)
         return spread_tokens(h, grid, self.merge, size)  # (B, c, h, w)
-
-    def _run(self, block: TokenBlock, h: Tensor, modulation: Tensor, angles: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, h, modulation, angles, use_reentrant=False)
-        return block(h, modulation, angles)
