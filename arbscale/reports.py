@@ -35,19 +35,6 @@ def header(model: ArbitraryScaleModel, task: str, protocol: dict) -> dict:
     }
 
 
-def check_path(path: Path | None) -> None:
-    """Refuse, before anything is computed, what cannot be a report's file; None is no file."""
-    if path and (path.is_dir() or path.suffix.lower() != ".json"):
-        raise ValueError(f"{path}: name a JSON file, such as results/{path.stem or 'scores'}.json")
-
-
-def publish(report: dict, path: Path | None) -> None:
-    """Print a report's table, and write the report where there is a path."""
-    if path:
-        write(report, path)
-    print(table(report))
-
-
 def write(report: dict, path: Path) -> None:
     """Write a report as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
