@@ -90,7 +90,7 @@ def evaluate(args: argparse.Namespace) -> None:
             "the same command goes on from here" if args.output else "with -o it could be resumed"
         )
         raise RuntimeError(f"stopped; {kept}") from None
-    report["timing"] = {"seconds": round(time.perf_counter() - started, 1)}
+    report["timing"] = {"seconds": round(time.perf_counter() - started, 3)}
     _report(report, args.output)
     partial.finish()
 
