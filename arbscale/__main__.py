@@ -205,8 +205,6 @@ def ablate(args: argparse.Namespace) -> None:
         args.pool,
         args.number,
         args.features,
-        tuple(args.first_stage_steps),
-        args.cats,
     )
     _report(ablation.ablate(settings, ablation.open_folder(args.folder)), args.output)
 
@@ -379,21 +377,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", type=Path, help="a JSON file")
 
     sub = command(ablate)
-    sub.add_argument("--compare", nargs="+", metavar="TITLE", help="default: all but 'variants'")
+    sub.add_argument("--compare", nargs="+", metavar="TITLE", help="default: the first three")
     sub.add_argument("--seeds", type=_count, default=3, help="runs of each; default %(default)s")
-    sub.add_argument("--steps", type=_count, default=800, help="of a run; default %(default)s")
+    sub.add_argument("--steps", type=_count, default=500, help="of a run; default %(default)s")
     sub.add_argument("--pool", type=_count, default=4096, help="encoded pictures of a run")
-    sub.add_argument("-n", "--number", type=_count, default=500, help="of pictures to measure on")
+    sub.add_argument("-n", "--number", type=_count, default=256, help="of pictures to measure on")
     sub.add_argument("--features", default="encoder", help="of the distances, as for evaluate")
-    sub.add_argument("--cats", help="a model whose first stage is taken for the cats")
-    sub.add_argument(
-        "--first-stage-steps",
-        type=_count,
-        nargs=2,
-        default=(600, 2000),
-        metavar=("AUTOENCODER", "DECODER"),
-        help="of one that is trained for the cats; default 600 2000",
-    )
     text = "finished pieces, from which a stopped comparison goes on; default %(default)s"
     sub.add_argument("--folder", type=Path, default=Path("runs/ablation"), help=text)
     sub.add_argument("-o", "--output", type=Path, required=True, help="a JSON file")

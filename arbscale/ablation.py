@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -40,38 +40,39 @@ _UNET = {
     "unet_blocks": 1,
     "unet_attention_levels": (1,),
     "head_channels": 32,
+    "transformer_width": 160,
+    "transformer_blocks": 6,
+    "merge": 2,
+    "diffusion_batch": 16,
+    "diffusion_lr": 1e-3,
 }
 _MIXED = _UNET | {  # the second level and all of its attention made way for the transformer
     "denoiser": "unet_transformer",
     "unet_multipliers": (1,),
     "unet_blocks": 2,
     "unet_attention_levels": (),
-    "transformer_width": 160,
-    "transformer_blocks": 6,
-    "merge": 2,
 }
-_ALONE = _UNET | {"denoiser": "transformer", "merge": 2}
+_ALONE = _UNET | {"denoiser": "transformer"}
 
 CONTESTANTS: dict[str, dict] = {
     "unet": _UNET,
     "unet_transformer": _MIXED,
     "transformer": _ALONE | {"transformer_width": 192, "transformer_blocks": 8},
-    "transformer_light": _ALONE | {"transformer_width": 160, "transformer_blocks": 8},
+    "transformer_light": _ALONE | {"transformer_blocks": 8},
     # Variants of the second, as many multiply-adds each
     "merged_by_1": _MIXED | {"merge": 1, "transformer_width": 96, "transformer_blocks": 3},
-    "merged_by_4": _MIXED | {"merge": 4, "transformer_width": 320, "transformer_blocks": 6},
+    "merged_by_4": _MIXED | {"merge": 4, "transformer_width": 320},
     "shallow": _MIXED | {"transformer_width": 224, "transformer_blocks": 3},
     "deep": _MIXED | {"transformer_width": 128, "transformer_blocks": 9},
     "below": _MIXED  # at half the latent's size, under a U-Net of two levels
-    | {
-        "unet_multipliers": (1, 1),
-        "unet_blocks": 1,
-        "merge": 1,
-        "transformer_width": 160,
-        "transformer_blocks": 7,
-    },
+    | {"unet_multipliers": (1, 1), "unet_blocks": 1, "merge": 1, "transformer_blocks": 7},
+    # Other learning rates
+    "unet_slower": _UNET | {"diffusion_lr": 5e-4},
+    "unet_faster": _UNET | {"diffusion_lr": 2e-3},
+    "unet_transformer_slower": _MIXED | {"diffusion_lr": 5e-4},
+    "unet_transformer_faster": _MIXED | {"diffusion_lr": 2e-3},
 }
-"""By name: the fields of a preset that make the denoiser."""
+"""By name: the fields of a preset that make the denoiser and its training."""
 
 EQUAL_COMPUTE = ("unet", "unet_transformer", "transformer")
 EQUAL_PARAMETERS = ("unet", "unet_transformer", "transformer_light")
@@ -82,6 +83,10 @@ COMPARISONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "variants": (
         "scenes",
         ("unet", "unet_transformer", "merged_by_1", "merged_by_4", "shallow", "deep", "below"),
+    ),
+    "learning rates": (
+        "scenes",
+        tuple(f"{name}{rate}" for name in EQUAL_COMPUTE[:2] for rate in ("", "_slower", "_faster")),
     ),
 }
 """By title: the data, and the contestants of which the first is what the others are held against.
@@ -97,12 +102,10 @@ class Settings:
 
     comparisons: tuple[str, ...] = tuple(COMPARISONS)[:3]  # keys of COMPARISONS
     seeds: int = 3  # runs of each contestant
-    steps: int = 800  # of each run
+    steps: int = 500  # of each run
     pool: int = 4096  # pictures that are encoded for a run
-    number: int = 500  # of pictures held out, of real ones and of generated ones, where there are
+    number: int = 256  # of pictures held out, of real ones and of generated ones, where there are
     features: str = "encoder"  # of the distances; see features.extractor
-    first_stage_steps: tuple[int, int] = (600, 2000)  # the cats' autoencoder and decoder
-    cats: str | None = None  # a generator of cats whose first stage is taken instead
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared; ValueError says what is wanted."""
@@ -110,10 +113,10 @@ class Settings:
         if unknown:
             listed = "; ".join(COMPARISONS)
             raise ValueError(f"no comparison {unknown[0]!r}; there are: {listed}")
-        if min(self.seeds, self.steps, *self.first_stage_steps) < 1 or self.pool < 2:
+        if min(self.seeds, self.steps) < 1 or self.pool < 2:
             raise ValueError(
                 "seeds and steps are at least 1 and the pool 2, got "
-                f"{self.seeds}, {self.steps}, {self.first_stage_steps} and {self.pool}"
+                f"{self.seeds}, {self.steps} and {self.pool}"
             )
 
 
@@ -158,10 +161,11 @@ class _Arena:
     def __init__(self, data: str, settings: Settings, partial: Partial):
         self.data, self.settings, self.partial = data, settings, partial
         self.device = pick_device()
+        self.base = ArbitraryScaleModel.load(data).to(self.device)  # its first stage serves all
         name = "scenes" if data == "scenes" else "afhq_cats"
         train, test = (open_dataset(name, split) for split in ("train", "test"))
-        self.base = self._base(train).to(self.device)
-        self.source = training.scene_source() if data == "scenes" else _whole(train)
+        scenes = data == "scenes"
+        self.source = training.scene_source() if scenes else training.whole_source(train)
         self.real, self.held_out = (
             RealPictures(images, min(settings.number, len(images))) for images in (train, test)
         )
@@ -191,26 +195,6 @@ class _Arena:
     def floor(self) -> dict:
         """Compare the held-out real pictures with the reference, as if they were generated."""
         return self._compare(self._see(self.held_out, "held out"))
-
-    def _base(self, train: Sequence[Tensor]) -> ArbitraryScaleModel:
-        """Return the model whose first stage all contestants share."""
-        if self.data == "scenes":
-            return ArbitraryScaleModel.load("scenes")
-        if self.settings.cats:
-            return ArbitraryScaleModel.load(self.settings.cats)
-        steps = self.settings.first_stage_steps
-        preset = replace(presets.scenes(), name="cats", target_sizes=(32, 128))
-        key = _digest(preset.to_dict(), steps, fingerprint(train))
-        folder = self.partial.folder / f"cats-{key}"
-        if not (folder / "model").is_dir():
-            torch.manual_seed(0)
-            model = ArbitraryScaleModel(preset, manifest={"name": "cats"}).to(self.device)
-            source = training.photo_source(train, preset)
-            run = Run(folder=folder, resume=True, sample_every=0)
-            training.train_first_stage(model, source, *steps, run=run)
-            model.save(folder / "draft")
-            (folder / "draft").replace(folder / "model")
-        return ArbitraryScaleModel.load(folder / "model")
 
     def _run(self, preset: Preset, seed: int, folder: str) -> dict:
         torch.manual_seed(seed)
@@ -325,12 +309,6 @@ def _generated(model: ArbitraryScaleModel, n: int, seed: int) -> Iterator[Tensor
         z = model.sample(count, first, SAMPLING_STEPS)
         with torch.no_grad():
             yield model.decode(z, model.preset.image_size)
-
-
-def _whole(images: Sequence[Tensor]) -> training.PhotoSource:
-    """Draw square pictures of one size whole, where training a first stage draws crops."""
-    side = min(images[0].shape[-2:])
-    return training.PhotoSource(images, (side, side))
 
 
 def _digest(*facts: object) -> str:

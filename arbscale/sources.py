@@ -24,7 +24,9 @@ from arbscale.scenes import Scenes, render_scenes, sample_scenes, scene_colors
 
 
 class Batch(Protocol):
-    """Some pictures that can be looked at in any size."""
+    """Some pictures that can be looked at in any size; `largest` is the last that they have."""
+
+    largest: int | None  # a side in pixels; None where there is no end
 
     def image(self, size: int) -> Tensor:
         """Return the pictures at `size`, (B, 3, size, size) in [-1, 1]."""
@@ -49,6 +51,7 @@ class SceneBatch:
     """Continuous scenes: exact at every size."""
 
     scenes: Scenes
+    largest = None
 
     def image(self, size: int) -> Tensor:
         """Render the scenes."""
@@ -64,6 +67,11 @@ class PhotoBatch:
     """Crops of photographs (B, 3, s, s), resized with antialiasing."""
 
     crops: Tensor
+
+    @property
+    def largest(self) -> int:
+        """Return s: beyond it there is nothing to learn from."""
+        return self.crops.shape[-1]
 
     def image(self, size: int) -> Tensor:
         """Resize the crops by antialiased bicubic interpolation."""
@@ -125,6 +133,26 @@ class PhotoSource:
         return pictures and f"photographs {pictures}, crops {self.sides}"
 
 
+@dataclass(frozen=True)
+class MixedSource:
+    """Draw each batch from one of two sources, from the second with probability `share`."""
+
+    first: Source
+    second: Source
+    share: float
+
+    def __call__(self, n: int, generator: torch.Generator, part: slice | None = None) -> Batch:
+        """Draw n pictures of one of the sources; see `Source`."""
+        second = torch.rand((), generator=generator) < self.share
+        return (self.second if second else self.first)(n, generator, part)
+
+    @property
+    def identity(self) -> str | None:
+        """Which pictures these are; None where one of the sources cannot tell."""
+        names = [getattr(source, "identity", None) for source in (self.first, self.second)]
+        return f"{names[0]}, or at {self.share} {names[1]}" if all(names) else None
+
+
 def scene_source(count: int = 1 << 20, seed: int = 0) -> SceneSource:
     """Draw from the first `count` scenes of a seed's training split."""
     return SceneSource(count, seed)
@@ -138,6 +166,25 @@ def photo_source(images: Sequence[Tensor], preset: Preset) -> PhotoSource:
     """
     smallest = preset.image_size
     return PhotoSource(images, (smallest, max(smallest, preset.target_sizes[1])))
+
+
+def whole_source(images: Sequence[Tensor], larger: Sequence[Tensor] | None = None) -> Source:
+    """Draw square pictures of one size whole, flipped half of the time.
+
+    `larger` holds some of them in a larger size: every fourth batch is drawn from it, so that
+    targets beyond the others' size can be learned. ValueError for pictures that are not square.
+    """
+    sources = [PhotoSource(x, _square(x[0])) for x in (images, larger) if x is not None]
+    return MixedSource(*sources, share=0.25) if len(sources) > 1 else sources[0]
+
+
+def _square(image: Tensor) -> tuple[int, int]:
+    height, width = image.shape[-2:]
+    if height != width:
+        raise ValueError(
+            f"only square pictures can be taken whole, got one of {height} x {width}; crop them"
+        )
+    return height, width
 
 
 def _identity(images: Any) -> str | None:

@@ -44,6 +44,9 @@ class TrainOptions:
     parts: tuple[float, float, float] | None = None
     """split a folder in train, val and test: counts, or fractions"""
     subset: int | None = None  # take this many pictures of the training split
+    whole: bool = False  # take square pictures of one size whole, not in crops
+    larger: str | None = None
+    """with --whole: a data set that holds some of the pictures larger, for larger targets"""
     profile: bool = False  # measure loading and training instead; OUTPUT gets profile.txt
 
     def __post_init__(self) -> None:
@@ -52,6 +55,8 @@ class TrainOptions:
             raise ValueError(f"steps are at least 0, got {self.steps}")
         if self.pool is not None and self.pool < 2:
             raise ValueError(f"a pool has at least 2 pictures, got {self.pool}")
+        if self.larger and not self.whole:
+            raise ValueError("larger pictures go with whole ones; add --whole")
 
 
 def parse(words: list[str]) -> TrainOptions:
@@ -199,7 +204,11 @@ def _source(options: TrainOptions, preset: Preset) -> training.Source:
         more["parts"] = tuple(int(p) if p >= 1 else p for p in options.parts)
     if options.subset:
         more["subset"] = options.subset
-    return training.photo_source(open_dataset(options.data, "train", **more), preset)
+    images = open_dataset(options.data, "train", **more)
+    if not options.whole:
+        return training.photo_source(images, preset)
+    larger = open_dataset(options.larger, "train") if options.larger else None
+    return training.whole_source(images, larger)
 
 
 def _claim(folder: Path, options: TrainOptions) -> None:
@@ -214,7 +223,7 @@ def _claim(folder: Path, options: TrainOptions) -> None:
         )
     if begun and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))["options"]
-        kept = ("data", "seed", "joint", "start", "pool", "parts", "subset")
+        kept = ("data", "seed", "joint", "start", "pool", "parts", "subset", "whole", "larger")
         changed = [k for k in kept if before[k] != now[k]]
         if changed:
             listed = ", ".join(f"{k} was {before[k]} and is {now[k]}" for k in changed)

@@ -34,6 +34,7 @@ from arbscale.sources import (
     Source,
     photo_source,
     scene_source,
+    whole_source,
 )
 from arbscale.trainer import Run, Stage, optimise, step_generator
 
@@ -52,6 +53,7 @@ __all__ = [
     "train_decoder",
     "train_diffusion",
     "train_first_stage",
+    "whole_source",
 ]
 
 POOL = 8192  # pictures encoded once for the diffusion model's training
@@ -87,7 +89,8 @@ def train_decoder(
 ) -> list[float]:
     """Train the symmetric decoder and LIIF on the frozen encoder's latents.
 
-    Each step draws a target size, uniform in `preset.target_sizes`, and compares `POINTS` scattered
+    Each step draws a target size, uniform in `preset.target_sizes` as far as the pictures reach, and
+    compares `POINTS` scattered
     pixels of each picture by L1, or all pixels of a window where `preset.crop` is set. With
     `freeze_encoder=False` the encoder is trained along, as in the released code's default.
     Implements the first stage of Kim and Kim 2024.
@@ -208,6 +211,7 @@ class DecoderStage(Stage):
         preset = self.preset
         batch = _look(self.source, self.batch, generator, part)
         low, high = preset.target_sizes
+        high = max(low, min(high, batch.largest or high))
         size = int(torch.randint(low, high + 1, (), generator=generator))
         coords = _points(size, preset.crop, self.batch, generator)[part]  # (b, N, 2)
         noise = _posterior_noise(preset, self.batch, generator, part) if self.joint else {}
