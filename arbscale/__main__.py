@@ -51,6 +51,11 @@ def generate(args: argparse.Namespace) -> None:
         pictures = model.generate(
             args.number, args.size, args.seed, args.steps, args.sampler, lambda *_: bar.update()
         )
+    if args.sheet:
+        from arbscale.viz import contact_sheet
+
+        items = [(picture, f"{i}") for i, picture in enumerate(pictures)]
+        return _write(contact_sheet(items, columns=4, box=max(args.size)), args.output)
     for i, picture in enumerate(pictures):
         stem = args.output.stem + (f"-{i:03d}" if args.number > 1 else "")
         _write(to_pil(picture), args.output.with_stem(stem))
@@ -137,13 +142,14 @@ def _evaluate_generation(
     split = args.split or "train"
     others = "test" if split != "test" else "train"
     if args.data == "scenes":  # there are as many as are asked for
-        real, unseen = (ContinuousScenes(n, split=s) for s in (split, others))
+        count = max(n, args.reference or n)
+        real, unseen = (ContinuousScenes(count, split=s) for s in (split, others))
     else:
         real, unseen = (open_dataset(args.data, s) for s in (split, others))
     side = model.preset.image_size
     job = generation.Job(
         model,
-        generation.RealPictures(real, min(n, len(real))),
+        generation.RealPictures(real, min(args.reference or n, len(real))),
         generation.RealPictures(unseen, min(n, len(unseen))),
         tuple(args.sizes or [(side, side), (2 * side, 2 * side)]),
         n,
@@ -331,6 +337,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", nargs="?", default="scenes", help="name or folder; default scenes")
     sub.add_argument("-n", "--number", type=_count, default=1, help="of pictures; default 1")
     sub.add_argument("--size", type=_size, default=(256, 256), help="256 or 75x100")
+    sub.add_argument("--sheet", action="store_true", help="write all on one sheet")
     sampling(sub, 20)
 
     sub = command(upscale)
@@ -353,6 +360,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--scales", type=_scale, nargs="+", default=[2, 3.7, 6])
     sub.add_argument("--sizes", type=_size, nargs="+", help="to generate at: 128 or 75x100")
     sub.add_argument("-n", "--number", type=_count, help="of pictures; default all, or 1000")
+    sub.add_argument(
+        "--reference", type=_count, help="real pictures to generate against; default as many"
+    )
     sub.add_argument("--protocol", default="whole", help="whole, benchmark, div2k, paper_faces ...")
     sub.add_argument(
         "--features",

@@ -134,6 +134,16 @@ def precision_recall(
     return precision, _inside(real, generated, _radii(generated, k, block), block)
 
 
+def nearest_distances(points: Tensor, others: Tensor, block: int = BLOCK) -> Tensor:
+    """Return each point's distance (N,) to the nearest of the others, in float64.
+
+    Takes features (N, D) and (M, D), `block` rows of distances at a time. Generated pictures that
+    are much nearer to the training's than unseen real ones are have been memorised.
+    """
+    points, others = _check_features(points), _check_features(others)
+    return torch.cat([torch.cdist(x, others).amin(1) for x in points.split(block)])
+
+
 def interval(
     measure: Callable[[Tensor, Tensor], tuple[float, ...]],
     generated: Tensor,

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from arbscale import metrics
-from arbscale.coords import scaled_size
+from arbscale.coords import Size, scaled_size
 from arbscale.data import ContinuousScenes
 from arbscale.images import resize
 from arbscale.model import ArbitraryScaleModel, back_project
@@ -24,6 +24,7 @@ Rows = dict[str, Tensor]
 """Pictures by method, all of one size (1, 3, H, W); "truth" is the reference."""
 
 OWN = "bicubic of own training-size output"
+HALF = "bicubic of own output at half the size"
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def reconstruction_rows(
 
     Scenes are encoded at the training size, and the truth is the scene itself at the larger size.
     Of a photograph the small picture is the reduction that the protocol asks for, cropped to whole
-    latent pixels. The baselines enlarge the small picture, and the model's own output at the small
-    size, which is all that a fixed-size decoder offers.
+    latent pixels. The baselines enlarge the small picture; the model's own output at the small
+    size, which is all that a fixed-size decoder offers; and from x4 on its output at half the size.
     """
     if isinstance(images, ContinuousScenes):
         low, high = _scene_pair(images, index, model.preset.image_size, scale, rule)
@@ -52,15 +53,15 @@ def reconstruction_rows(
         low, high = _whole_latents(model, *rule.pair(images[index], scale, index), scale)
     features = model.first_stage.features(model.first_stage.encode(low[None].to(model.device)))
     size = tuple(high.shape[-2:])
-    own, ours = (
-        model.first_stage.render(features, s).clamp(-1, 1).cpu() for s in (low.shape[-2:], size)
-    )
-    return {
-        "truth": high[None],
-        "bicubic": resize(low, size)[None],
-        OWN: resize(eight_bits(own), size),
-        "ours (first stage)": ours,
-    }
+
+    def render(size: Size) -> Tensor:
+        return model.first_stage.render(features, size).clamp(-1, 1).cpu()
+
+    rows = {"bicubic": low[None], OWN: eight_bits(render(tuple(low.shape[-2:])))}
+    if scale >= 4:
+        rows[HALF] = eight_bits(render(scaled_size(size, 0.5)))
+    enlarged = {method: resize(picture, size) for method, picture in rows.items()}
+    return {"truth": high[None], **enlarged, "ours (first stage)": render(size)}
 
 
 def _scene_pair(

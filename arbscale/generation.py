@@ -17,6 +17,7 @@ from arbscale.distances import (
     NEIGHBOURS,
     frechet_distance,
     interval,
+    nearest_distances,
     patch_frechet_distance,
     precision_recall,
     random_patches,
@@ -34,6 +35,7 @@ BATCH = 20  # pictures a piece of work: what an interruption costs at most
 LEAST = 2 * (NEIGHBOURS + 1)  # pictures: half of them must have their neighbours
 CONSISTENCY = 100  # pictures at most for SelfSSIM, which compares every pair of sizes
 REPEATS = 10  # random halves for an interval
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the distances to the nearest training picture
 
 FEATURES = {
     "encoder": ("encoder", "encoder"),
@@ -162,9 +164,11 @@ def protocol(job: Job) -> dict:
 
 @torch.no_grad()
 def evaluate_generation(job: Job, partial: Partial) -> dict:
-    """Return `rows` (distance, precision and recall by size and method), `self_ssim`, `patches`.
+    """Return what is found, by kind, as JSON can hold it.
 
-    Finished batches are kept in `partial`, the features of the reference in the user's cache.
+    `rows` are distance, precision and recall by size and method; `neighbours` are quantiles of the
+    distance to the nearest training picture; `self_ssim` and `patches` compare sizes. Finished
+    batches are kept in `partial`, the features of the reference in the user's cache.
     """
     job, device = replace(job, partial=partial), job.model.device
     networks = {name: extractor(name, device) for name in dict.fromkeys(FEATURES[job.features])}
@@ -181,6 +185,7 @@ def evaluate_generation(job: Job, partial: Partial) -> dict:
         "rows": rows,
         "self_ssim": _consistency(job),
         "patches": _patches(job, networks[FEATURES[job.features][0]]),
+        "neighbours": _neighbours(job, networks),
     }
 
 
@@ -226,30 +231,38 @@ def _decode(model: ArbitraryScaleModel, z: Tensor, size: Size) -> Tensor:
 
 def _rows(job: Job, size: Size, networks: dict[str, Extractor]) -> list[dict]:
     """Compare each method's pictures at one size with the real ones."""
-    spell = f"{size[0]}x{size[1]}"
-    real = {}
-    for name, network in networks.items():
-        starts = tqdm(range(0, job.real.count, BATCH), desc=f"{spell}, reference", unit="batch")
-        real[name] = reference_features(
-            f"{job.real.kernel}, {spell}, first {job.real.count}",
-            job.real.images,
-            network,
-            lambda starts=starts: (job.real.batch(start, size) for start in starts),
-        )
+    real = {
+        name: _reference(job.real, size, network, "reference") for name, network in networks.items()
+    }
     rows = []
-    for method, (count, pictures) in _methods(job, size).items():
-        parts = []
-        for start in tqdm(range(0, count, BATCH), desc=f"{spell}, {method}", unit="batch"):
-            parts.append(
-                job.partial.tensors(
-                    f"{spell}-{method.split()[0]}-{start:06d}",
-                    lambda start=start, make=pictures: _see(make(start), networks),
-                )
-            )
-        seen = {name: torch.cat([part[name] for part in parts]) for name in networks}
+    for method, (count, _) in _methods(job, size).items():
+        seen = _seen(job, size, method, networks)
         rows.append({"size": list(size), "method": method, "pictures": count})
         rows[-1] |= compare_sets(seen, real, *FEATURES[job.features], job.sampling.seed)
     return rows
+
+
+def _reference(real: RealPictures, size: Size, network: Extractor, what: str) -> Tensor:
+    """Return the features (N, D) of real pictures at one size, kept in the user's cache."""
+    spell = f"{size[0]}x{size[1]}"
+    starts = tqdm(range(0, real.count, BATCH), desc=f"{spell}, {what}", unit="batch")
+    return reference_features(
+        f"{real.kernel}, {spell}, first {real.count}",
+        real.images,
+        network,
+        lambda: (real.batch(start, size) for start in starts),
+    )
+
+
+def _seen(job: Job, size: Size, method: str, networks: dict[str, Extractor]) -> dict[str, Tensor]:
+    """Return the features (N, D) of a method's pictures at one size, by network."""
+    spell = f"{size[0]}x{size[1]}"
+    count, pictures = _methods(job, size)[method]
+    parts = []
+    for start in tqdm(range(0, count, BATCH), desc=f"{spell}, {method}", unit="batch"):
+        name = f"{spell}-{method.split()[0]}-{start:06d}"
+        parts.append(job.partial.tensors(name, lambda start=start: _see(pictures(start), networks)))
+    return {name: torch.cat([part[name] for part in parts]) for name in networks}
 
 
 def _see(pictures: Tensor, networks: dict[str, Extractor]) -> dict[str, Tensor]:
@@ -343,3 +356,23 @@ def _patches(job: Job, network: Extractor) -> dict | None:
         "patches": job.n,
         "distance": job.partial.numbers("patches", distance),
     }
+
+
+def _neighbours(job: Job, networks: dict[str, Extractor]) -> dict | None:
+    """Return quantiles of the distance to the nearest picture of the whole training list.
+
+    Of generated and of other real pictures, at the training size. None for scenes, which are
+    endless, and where the real pictures are smaller.
+    """
+    if job.real.exact or not _has_reference(job, job.base):
+        return None
+    name = FEATURES[job.features][0]
+    whole = RealPictures(job.real.images, len(job.real.images))
+    train = _reference(whole, job.base, networks[name], "training list")
+    levels = torch.tensor(QUANTILES, dtype=torch.float64)
+    found = {
+        method: nearest_distances(_seen(job, job.base, method, networks)[name], train)
+        for method in (OURS, FLOOR)
+    }
+    quantiles = {method: x.quantile(levels).tolist() for method, x in found.items()}
+    return {"pictures": whole.count, "levels": list(QUANTILES), **quantiles}

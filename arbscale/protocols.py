@@ -69,10 +69,11 @@ PROTOCOLS = {
         Protocol("benchmark", "y", 0),
         Protocol("div2k", "rgb", 6),
         Protocol("paper_faces", "rgb", None, low_size=16),
+        Protocol("faces_64", "rgb", None, low_size=64),
         Protocol("paper_div2k", "rgb", None, low_size=48, crop=True),
     )
 }
-"""Whole pictures in RGB; Set5 and its like; DIV2K; the paper's faces and its DIV2K crops."""
+"""Whole pictures in RGB; Set5 and its like; DIV2K; faces, the paper's and ours; DIV2K crops."""
 
 
 def get_protocol(name: str) -> Protocol:

@@ -123,6 +123,19 @@ def _generation(report: dict) -> list[str]:
             f"{kind}: {patches['distance']:.4g} over {patches['patches']} patches of "
             f"{patches['side']} px at sizes from {patches['sizes'][0]} to {patches['sizes'][1]}.",
         ]
+    if near := results.get("neighbours"):
+        columns = ["pictures", *(f"{100 * level:.0f} %" for level in near["levels"])]
+        rows = [
+            [method, *(f"{value:.3g}" for value in values)]
+            for method, values in near.items()
+            if method not in ("pictures", "levels")
+        ]
+        lines += [
+            "",
+            f"Distance to the nearest of {near['pictures']} training pictures, quantiles:",
+            "",
+            *_markdown(columns, rows),
+        ]
     return lines
 
 

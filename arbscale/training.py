@@ -89,10 +89,10 @@ def train_decoder(
 ) -> list[float]:
     """Train the symmetric decoder and LIIF on the frozen encoder's latents.
 
-    Each step draws a target size, uniform in `preset.target_sizes` as far as the pictures reach, and
-    compares `POINTS` scattered
-    pixels of each picture by L1, or all pixels of a window where `preset.crop` is set. With
-    `freeze_encoder=False` the encoder is trained along, as in the released code's default.
+    Each step draws a target size, uniform in `preset.target_sizes` as far as the pictures reach,
+    and compares `POINTS` scattered pixels of each picture by L1, or all pixels of a window where
+    `preset.crop` is set. With `freeze_encoder=False` the encoder is trained along, as in the
+    released code's default.
     Implements the first stage of Kim and Kim 2024.
     """
     stage = DecoderStage(first_stage, source, preset, freeze_encoder)

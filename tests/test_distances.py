@@ -16,6 +16,7 @@ from arbscale.distances import (
     fid,
     frechet_distance,
     interval,
+    nearest_distances,
     patch_fid,
     patch_frechet_distance,
     precision_recall,
@@ -294,3 +295,9 @@ def test_patch_distance_of_identical_sets_is_zero_and_grows():
 
 def test_all_metrics_are_reached_from_one_place():
     assert all(callable(getattr(metrics, name)) for name in metrics.__all__)
+
+
+def test_nearest_distances_by_hand():
+    points, others = torch.tensor([[0.0, 0], [3, 4]]), torch.tensor([[0.0, 1], [9, 12], [3, 4]])
+    found = nearest_distances(points, others, block=1)
+    assert found.tolist() == [1, 0] and found.dtype == torch.float64

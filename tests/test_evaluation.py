@@ -8,7 +8,14 @@ import torch.nn.functional as F
 
 from arbscale import ArbitraryScaleModel, evaluation, metrics, presets
 from arbscale.data import ContinuousScenes
-from arbscale.evaluation import OWN, Sampling, evaluate_pairs, reconstruction_rows, upscaling_rows
+from arbscale.evaluation import (
+    HALF,
+    OWN,
+    Sampling,
+    evaluate_pairs,
+    reconstruction_rows,
+    upscaling_rows,
+)
 from arbscale.images import resize
 from arbscale.model import back_project
 from arbscale.protocols import PROTOCOLS, eight_bits
@@ -52,6 +59,17 @@ def test_photographs_are_cropped_to_whole_latents(models):
     assert torch.equal(rows["truth"][0], photo(51, 45)[:, :48, :44])
     with pytest.raises(ValueError, match="smaller than a latent pixel of 2 px"):
         reconstruction_rows(models[0], [photo(8, 8)], 0, 6, WHOLE)
+
+
+def test_from_x4_on_the_own_output_at_half_the_size_is_a_baseline(models):
+    rule = PROTOCOLS["faces_64"]
+    rows = reconstruction_rows(models[0], [photo(260, 280)], 0, 4, rule)
+    assert list(rows) == ["truth", "bicubic", OWN, HALF, "ours (first stage)"]
+    assert {x.shape for x in rows.values()} == {(1, 3, 256, 256)}
+    z = models[0].first_stage.encode(eight_bits(resize(rows["truth"], 64)))
+    half = eight_bits(models[0].decode(z, 128))
+    torch.testing.assert_close(rows[HALF], resize(half, 256), atol=0.01, rtol=0)
+    assert HALF not in reconstruction_rows(models[0], [photo(260, 280)], 0, 3.9, rule)
 
 
 def test_upscaling_has_its_baselines(models):

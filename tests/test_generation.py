@@ -84,6 +84,7 @@ def test_every_size_has_its_rows_and_they_are_what_they_say(job, tmp_path):
     patches = results["patches"]
     assert patches["side"] == 32 and patches["sizes"] == [32, 40] and patches["patches"] == 22
     assert patches["distance"] > 0
+    assert results["neighbours"] is None  # of endless scenes
 
 
 def test_an_interruption_costs_one_batch_and_the_reference_is_kept(job, tmp_path, monkeypatch):
@@ -127,6 +128,9 @@ def test_sizes_without_real_pictures_have_no_distance(job, tmp_path, capsys):
     assert {tuple(row["size"]) for row in results["rows"]} == {(32, 32)}
     assert "no distance at 40 x 40: the real pictures have 36 x 44" in capsys.readouterr().err
     assert results["patches"]["sizes"] == [32, 36]
+    assert results["neighbours"]["pictures"] == 9
+    assert results["neighbours"][FLOOR] == pytest.approx([0] * 5, abs=1e-6)  # they are the same
+    assert 0 < results["neighbours"][OURS][0] <= results["neighbours"][OURS][-1]
     floor = next(row for row in results["rows"] if row["method"] == FLOOR)
     assert floor["distance"] == pytest.approx(0, abs=1e-9)
     assert (floor["precision"], floor["recall"]) == (1, 1)

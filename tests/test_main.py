@@ -60,6 +60,14 @@ def test_generate_at_any_size(run, tmp_path):
     assert (tmp_path / "b.png").is_file()
 
 
+def test_generate_writes_one_sheet(run, tmp_path):
+    words = ("generate", "-n", 5, "--size", "30x40", "--steps", 2, "--sheet", "-o", "all.png")
+    assert run(*words)[0] == 0
+    with Image.open(tmp_path / "all.png") as sheet:
+        assert sheet.width > 4 * 40 and sheet.height > 2 * 40
+    assert not list(tmp_path.glob("all-*"))
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "I;16"])
 def test_upscale_takes_a_users_file(run, tmp_path, mode):
     picture = Image.fromarray(gradient().astype("uint16") * 257) if mode == "I;16" else None

@@ -27,6 +27,7 @@ from arbscale.training import (
     train_decoder,
     train_diffusion,
     train_first_stage,
+    whole_source,
 )
 
 
@@ -67,6 +68,28 @@ def falls(losses: list[float], share: float) -> bool:
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_pictures_are_taken_whole():
+    images = [torch.full((3, 20, 20), k / 10) for k in range(3)]
+    larger = [torch.full((3, 40, 40), -0.5)]
+    with pytest.raises(ValueError, match="only square pictures .* got one of 20 x 18; crop them"):
+        whole_source([images[0][..., :18]])
+    assert whole_source(images)(2, seeded()).largest == 20
+    source, generator = whole_source(images, larger), seeded()
+    sides = [source(2, generator).largest for _ in range(200)]
+    assert set(sides) == {20, 40} and 30 <= sides.count(40) <= 70
+    assert source.identity != whole_source(images).identity
+    assert source.identity == whole_source(list(images), list(larger)).identity
+
+
+def test_no_target_is_larger_than_the_pictures():
+    preset, images = shrunken(target_sizes=(8, 64)), [torch.rand(3, 24, 24)] * 2
+    first_stage = presets.build_first_stage(preset)
+    stage = training.DecoderStage(first_stage, whole_source(images), preset, False)
+    cells = [stage.draw(seeded(k), slice(0, stage.batch))["cells"][0, 0] for k in range(40)]
+    sizes = [round(2 / c.item()) for c in cells]
+    assert max(sizes) <= 24 and len(set(sizes)) > 8
 
 
 @pytest.fixture(params=["scenes", "photos"])
