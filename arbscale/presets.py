@@ -169,7 +169,6 @@ def cats() -> Preset:
         blocks=1,
         groups=8,
         latent_channels=16,
-        posterior=True,
         hidden=(96,) * 3,
         unet_multipliers=(1, 2),
         unet_blocks=1,
@@ -177,12 +176,11 @@ def cats() -> Preset:
         target_sizes=(32, 256),
         first_stage_batch=8,
         diffusion_batch=32,
-        first_stage_lr=1e-3,
+        first_stage_lr=2e-3,
         diffusion_lr=1e-3,
         alignment_lr=2e-5,
-        kl_weight=1e-3,
         lpips_weight=0.25,
-        crop=48,
+        crop=40,
         prediction="v",
     )
 

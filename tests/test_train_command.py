@@ -67,6 +67,8 @@ def test_help_lists_them(capsys):
         ("small -o o --steps 1 2 3", "Expected 4 values"),
         ("small -o o --steps 1 2 3 -4", "at least 0"),
         ("small -o o --pool 1", "at least 2"),
+        ("small -o o --larger photos", "add --whole"),
+        ("small -o o --data photos --whole", "only square pictures"),
         ("small -o o --precision fp8", "'fp8'"),
         ("small -o o --accumulation 0", "at least 1"),
         ("small -o o --preset.prediction x0", "'eps' or 'v'"),
@@ -92,6 +94,16 @@ def test_a_folder_is_split_as_asked(monkeypatch):
     options = parse("tiny -o o --data pics --parts 800 100 100 --subset 9".split())
     train_command._source(options, options.preset)
     assert asked == [(("pics", "train"), {"parts": (800, 100, 100), "subset": 9})]
+
+
+def test_square_pictures_are_taken_whole(monkeypatch):
+    sides = {"small": 40, "large": 80}
+    monkeypatch.setattr(data, "open_dataset", lambda name, _: [torch.zeros(3, *2 * [sides[name]])])
+    options = parse("tiny -o o --data small --whole --larger large".split())
+    source, generator = train_command._source(options, options.preset), torch.Generator()
+    assert {source(1, generator).largest for _ in range(60)} == {40, 80}
+    options = parse("tiny -o o --data small --whole".split())
+    assert train_command._source(options, options.preset)(1, generator).largest == 40
 
 
 # Runs ---------------------------------------------------------------------------------------------
