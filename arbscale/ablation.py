@@ -30,6 +30,9 @@ from arbscale.reports import header
 from arbscale.resume import Partial
 from arbscale.trainer import Run
 
+FIRST_STAGES = {"scenes": ("scenes", "scenes"), "cats": ("photos-tiny", "afhq_cats")}
+"""By data: the shipped model whose first stage all contestants share, and the data set's name."""
+
 TIMES = 10  # steps at which the held-out loss is measured, evenly spaced
 SAMPLING_STEPS = 20
 
@@ -161,8 +164,8 @@ class _Arena:
     def __init__(self, data: str, settings: Settings, partial: Partial):
         self.data, self.settings, self.partial = data, settings, partial
         self.device = pick_device()
-        self.base = ArbitraryScaleModel.load(data).to(self.device)  # its first stage serves all
-        name = "scenes" if data == "scenes" else "afhq_cats"
+        shipped, name = FIRST_STAGES[data]
+        self.base = ArbitraryScaleModel.load(shipped).to(self.device)
         train, test = (open_dataset(name, split) for split in ("train", "test"))
         scenes = data == "scenes"
         self.source = training.scene_source() if scenes else training.whole_source(train)
@@ -175,7 +178,7 @@ class _Arena:
 
     def preset(self, name: str) -> Preset:
         """Return a contestant's preset."""
-        return replace(self.base.preset, name=name, **CONTESTANTS[name])
+        return replace(self.base.preset, name=name, low_size=None, **CONTESTANTS[name])
 
     def cost(self, name: str) -> dict:
         """Return what a contestant costs."""

@@ -160,31 +160,6 @@ def scenes() -> Preset:
     )
 
 
-def cats() -> Preset:
-    """Return the shipped generator of cats' faces: 64 px, latent 8 x 8 x 16, targets to 256 px."""
-    return Preset(
-        name="cats",
-        channels=48,
-        multipliers=(1, 1, 2, 3),
-        blocks=1,
-        groups=8,
-        latent_channels=16,
-        hidden=(96,) * 3,
-        unet_multipliers=(1, 2),
-        unet_blocks=1,
-        image_size=64,
-        target_sizes=(32, 256),
-        first_stage_batch=8,
-        diffusion_batch=32,
-        first_stage_lr=2e-3,
-        diffusion_lr=1e-3,
-        alignment_lr=2e-5,
-        lpips_weight=0.25,
-        crop=40,
-        prediction="v",
-    )
-
-
 def photos_tiny() -> Preset:
     """Return the shipped small super-resolver of photographs: low 16 px, latent 16 x 16 x 8."""
     return Preset(
@@ -275,7 +250,6 @@ def paper_tower_sr() -> Preset:
 PRESETS: dict[str, Callable[[], Preset]] = {
     "tiny": tiny,
     "scenes": scenes,
-    "cats": cats,
     "photos-tiny": photos_tiny,
     "paper_generation_256": paper_generation_256,
     "paper_faces_sr": paper_faces_sr,

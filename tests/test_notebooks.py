@@ -18,6 +18,7 @@ NAMES = [
     "05_alignment",
     "06_sampling_at_any_scale",
     "07_metrics",
+    "08_lightweight_transformer",
     "09_train_your_own",
 ]
 FOUND = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
