@@ -80,7 +80,7 @@ def test_the_global_seed_decides_nothing(generator):
 def test_a_picture_does_not_depend_on_how_many_are_drawn(generator, sampler):
     one = generator.sample(1, seed=3, steps=3, sampler=sampler)
     three = generator.sample(3, seed=3, steps=3, sampler=sampler)
-    torch.testing.assert_close(three[:1], one, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(three[:1], one, atol=1e-3, rtol=1e-3)
     assert (three[1] - three[0]).abs().max() > 0.1
 
 
