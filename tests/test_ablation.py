@@ -28,11 +28,13 @@ def costs(data):
     return found
 
 
-def test_the_first_contestant_is_the_shipped_network():
-    contestant = dataclasses.replace(presets.scenes(), **CONTESTANTS["unet"])
-    with torch.device("meta"):
-        built, shipped = (presets.build_denoiser(p) for p in (contestant, presets.scenes()))
-    assert str(built) == str(shipped)
+@pytest.mark.parametrize("name", ["scenes", "photos-tiny"])
+def test_the_presets_denoiser_is_the_winner_and_the_shipped_weights_are_of_the_first(name):
+    shipped = presets.Preset.from_dict(weights.read_manifest(weights.find(name))["preset"])
+    for preset, contestant in ((shipped, "unet"), (presets.get(name), "unet_transformer")):
+        with torch.device("meta"):
+            same = dataclasses.replace(preset, **CONTESTANTS[contestant])
+            assert str(presets.build_denoiser(preset)) == str(presets.build_denoiser(same))
 
 
 @pytest.mark.parametrize("title", COMPARISONS)

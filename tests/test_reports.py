@@ -42,6 +42,7 @@ def generated(features: str) -> dict:
                 "ours": {"clean": matrix},
             },
             "patches": {"side": 64, "sizes": [64, 128], "patches": 1000, "distance": 1.5},
+            "neighbours": {"pictures": 800, "levels": [0.05, 0.5], "ours": [1.25, 2.5]},
         },
     }
 
@@ -52,6 +53,7 @@ def test_a_table_of_generated_pictures():
     assert "| 64 x 96 | ours | 1000 | 12.35 ± 0.12 | 0.500 ± 0.010 | 0.250 ± 0.020 |" in text
     assert "Fréchet distance, alexnet features" in text and "no FID" in text
     assert "| ours | clean | 64 x 96 | 1.0000 | 0.9877 |" in text
+    assert "nearest of 800 training pictures" in text and "| ours | 1.25 | 2.5 |" in text
     for fact in ("cats, train", "network A", "network B, k = 3", "900 real", "ddim, 20 steps"):
         assert fact in text
     same = generated("alexnet")
@@ -110,7 +112,9 @@ def test_published_results_are_of_the_weights_that_ship(path):
     assert json.loads(path.read_text())["weights"] == [file["sha256"] for file in files]
 
 
-@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "path", [*PUBLISHED, ROOT / "data" / "ablation.json"], ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
 def test_published_tables_are_those_of_the_command(path):
     """Nothing between a measurement and the README was typed by hand."""
     rows = [x for x in reports.table(reports.read(path)).splitlines() if x.startswith("| ")]
