@@ -167,6 +167,74 @@ def scenes() -> Preset:
     )
 
 
+def cats() -> Preset:
+    """Return the shipped generator of cats' faces: 64 px, latent 8 x 8 x 16, targets to 256 px."""
+    return Preset(
+        name="cats",
+        channels=64,
+        multipliers=(1, 1, 2, 3),
+        blocks=1,
+        groups=8,
+        latent_channels=16,
+        posterior=True,
+        hidden=(96,) * 3,
+        denoiser="unet_transformer",
+        unet_channels=96,
+        unet_multipliers=(1,),
+        unet_blocks=1,
+        unet_attention_levels=(),
+        head_channels=64,
+        transformer_width=256,
+        transformer_blocks=6,
+        merge=1,
+        image_size=64,
+        target_sizes=(32, 256),
+        first_stage_batch=8,
+        diffusion_batch=32,
+        first_stage_lr=1e-3,
+        diffusion_lr=1e-3,
+        alignment_lr=2e-5,
+        kl_weight=5e-4,
+        lpips_weight=0.25,
+        crop=48,
+        prediction="v",
+    )
+
+
+def photos() -> Preset:
+    """Return the shipped super-resolver of photographs: low 24 px, latent 24 x 24 x 8."""
+    return Preset(
+        name="photos",
+        channels=32,
+        multipliers=(1, 2, 2),
+        blocks=1,
+        groups=8,
+        latent_channels=8,
+        posterior=True,
+        hidden=(96,) * 3,
+        local_ensemble=False,
+        denoiser="unet_transformer",
+        unet_multipliers=(1,),
+        unet_blocks=1,
+        unet_attention_levels=(),
+        transformer_width=160,
+        transformer_blocks=6,
+        beta_end=0.0155,
+        image_size=96,
+        low_size=24,
+        target_sizes=(48, 192),
+        first_stage_batch=8,
+        diffusion_batch=16,
+        first_stage_lr=2e-3,
+        diffusion_lr=1e-3,
+        alignment_lr=2e-5,
+        kl_weight=1e-4,
+        lpips_weight=0.25,
+        crop=48,
+        prediction="v",
+    )
+
+
 def photos_tiny() -> Preset:
     """Return the shipped small super-resolver of photographs: low 16 px, latent 16 x 16 x 8.
 
@@ -263,6 +331,8 @@ def paper_tower_sr() -> Preset:
 PRESETS: dict[str, Callable[[], Preset]] = {
     "tiny": tiny,
     "scenes": scenes,
+    "cats": cats,
+    "photos": photos,
     "photos-tiny": photos_tiny,
     "paper_generation_256": paper_generation_256,
     "paper_faces_sr": paper_faces_sr,
