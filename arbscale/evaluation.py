@@ -18,7 +18,7 @@ from arbscale.model import ArbitraryScaleModel, back_project
 from arbscale.protocols import Protocol, eight_bits
 from arbscale.resume import Partial
 from arbscale.scenes import render_scenes, sample_scenes
-from arbscale.tiles import Tile
+from arbscale.tiles import Tile, tiles
 
 Rows = dict[str, Tensor]
 """Pictures by method, all of one size (1, 3, H, W); "truth" is the reference."""
@@ -113,13 +113,13 @@ def upscaling_rows(
     given = resize(high, (low.shape[1] * factor, low.shape[2] * factor))[None]
     size = tuple(high.shape[-2:])
 
-    def latent(_: Tensor, span: Tile, __: object) -> Tensor:
-        rows, columns = (
-            slice(a * factor, b * factor)
-            for a, b in ((span.top, span.bottom), (span.left, span.right))
-        )
-        return model.first_stage.encode(given[..., rows, columns].to(model.device))
+    spans = tiles(low.shape[-2:], 2 * model.preset.low_size, overlap=model.preset.low_size // 2)
 
+    def encoded(span: Tile) -> Tensor:
+        wanted = span.latent(factor)  # pixels of the encoder's input
+        return model.first_stage.encode(given[wanted].to(model.device))
+
+    encodings = ((span, encoded(span)) for span in spans)
     bicubic = resize(low, size)
     ours = model.upscale(
         low, size=size, seed=sampling.seed, steps=sampling.steps, sampler=sampling.sampler
@@ -129,7 +129,7 @@ def upscaling_rows(
         "bicubic": bicubic[None],
         "bicubic, back-projected": back_project(bicubic, low).clamp(-1, 1)[None],
         "ours": ours[None],
-        "first stage (ceiling)": model.paint(low, size, latent)[None],
+        "first stage (ceiling)": model.paint(low, size, encodings)[None],
     }
 
 

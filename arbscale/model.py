@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from arbscale.coords import Size, Window, check_size, scaled_size
 from arbscale.diffusion import Denoiser
 from arbscale.presets import Preset
 from arbscale.samplers import get_sampler, spaced_timesteps
-from arbscale.tiles import Tile, noise_field, paste, tiles
+from arbscale.tiles import Place, Tile, blend, noise_field, paste, tiles
 
 Progress = Callable[[int, int], None]
 """`progress(done, total)` after each denoising step of the whole job."""
@@ -122,7 +122,7 @@ class ArbitraryScaleModel(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         shape = (self.preset.latent_channels, *grid)
         noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
-        return self._denoise(noise, None, steps, sampler, generator, progress)
+        return self._sample(self.denoise(), noise, steps, sampler, generator, progress)
 
     @torch.no_grad()
     def upscale(
@@ -136,7 +136,9 @@ class ArbitraryScaleModel(nn.Module):
         tile: int | None = None,
         progress: Progress | None = None,
     ) -> Any:
-        """Enlarge a picture to any size, tile by overlapping tile, in memory bounded by the tile.
+        """Enlarge a picture to any size, tile by overlapping tile.
+
+        Beyond the picture and its latent, the memory is bounded by the tile.
 
         Parameters
         ----------
@@ -177,28 +179,61 @@ class ArbitraryScaleModel(nn.Module):
             raise ValueError("give either scale, such as 3.7, or size, such as (480, 640)")
         size = scaled_size(low.shape[-2:], scale) if size is None else check_size(size)
 
-        def latent(crop: Tensor, span: Tile, report: Progress | None) -> Tensor:
-            condition = self.condition(crop[None].to(self.device))  # (1, c, h, w), scaled
-            grid = tuple(condition.shape[-2:])
-            zoom = grid[0] / crop.shape[-2]  # latent pixels an input pixel
-            corner = round(span.top * zoom), round(span.left * zoom)
-            noise = noise_field(seed, self.preset.latent_channels, corner, grid)[None]
-            generator = torch.Generator().manual_seed(seed)
-            return self._denoise(noise, condition, steps, sampler, generator, report)
-
+        tile = tile or 2 * self.preset.low_size
+        spans = list(tiles(low.shape[-2:], tile, overlap=tile // 4))
+        z = self._sample_tiles(low, spans, seed, steps, sampler, progress)
         keep_float = isinstance(image, Tensor) and image.is_floating_point()
         dtype = torch.float32 if keep_float else torch.uint8
-        return _like(self.paint(low, size, latent, tile, dtype, progress), image)
+        parts = ((span, z[span.latent(self.zoom)]) for span in spans)
+        return _like(self.paint(low, size, parts, dtype), image)
+
+    @property
+    def zoom(self) -> float:
+        """Latent pixels an input pixel of super-resolution."""
+        return self.preset.image_size / self.preset.low_size / self.preset.factor
+
+    def _sample_tiles(
+        self,
+        low: Tensor,
+        spans: list[Tile],
+        seed: int,
+        steps: int,
+        sampler: str,
+        progress: Progress | None,
+    ) -> Tensor:
+        """Return the unscaled latent (1, c, h', w') of a picture (3, h, w), tile by tile.
+
+        At every step the noise that the tiles see is blended where they overlap, so that they
+        agree on one latent. Implements the fusion of Bar-Tal et al. 2023 (MultiDiffusion).
+        """
+        places = [span.latent(self.zoom) for span in spans]
+        grids = [tuple(part.stop - part.start for part in place[1:]) for place in places]
+        denoisers = [
+            self.denoise(self.condition(span.cut(low)[None].to(self.device), grid))
+            for span, grid in zip(spans, grids, strict=True)
+        ]
+        total, done = steps * len(spans), 0
+
+        def parts(z: Tensor, t: Tensor) -> Iterator[tuple[Place, Tensor]]:
+            nonlocal done
+            for place, denoise in zip(places, denoisers, strict=True):
+                yield place, denoise(z[place], t)
+                done += 1
+                if progress:
+                    progress(done, total)
+
+        size = tuple(max(place[axis].stop for place in places) for axis in (1, 2))
+        noise = noise_field(seed, self.preset.latent_channels, (0, 0), size)[None]
+        generator = torch.Generator().manual_seed(seed)
+        return self._sample(lambda z, t: blend(parts(z, t), z), noise, steps, sampler, generator)
 
     @torch.no_grad()
     def paint(
         self,
         low: Tensor,
         size: Size,
-        latent: Callable[[Tensor, Tile, Progress | None], Tensor],
-        tile: int | None = None,
+        latents: Iterable[tuple[Tile, Tensor]],
         dtype: torch.dtype = torch.float32,
-        progress: Progress | None = None,
     ) -> Tensor:
         """Decode the latents of overlapping tiles into one picture that agrees with `low`.
 
@@ -208,14 +243,10 @@ class ArbitraryScaleModel(nn.Module):
             The input (3, h, w) in [-1, 1], on the CPU.
         size
             (height, width) of the picture.
-        latent
-            `latent(crop, tile, progress)` gives the latent (1, c, h', w') of a tile of the input.
-        tile
-            Side of a tile in pixels of the input; by default twice the training's `low_size`.
+        latents
+            Tiles of the input in the order of `tiles`, each with its latent (1, c, h', w').
         dtype
             float32, or uint8 for a quarter of the memory.
-        progress
-            Called as `latent` calls what it is handed, with the steps of all tiles.
 
         Returns
         -------
@@ -224,28 +255,23 @@ class ArbitraryScaleModel(nn.Module):
 
         """
         out = torch.empty(3, *size, dtype=dtype)
-        tile = tile or 2 * self.preset.low_size
-        spans = list(tiles(low.shape[-2:], tile, overlap=tile // 4))
-        for i, span in enumerate(spans):
-            report = progress and (lambda k, n, i=i: progress(i * n + k, len(spans) * n))
+        for span, z in latents:
             window, coords, cells = span.points(low.shape[-2:], size)
             if window[2] and window[3]:
-                crop = low[:, span.top : span.bottom, span.left : span.right]
-                features = self.first_stage.features(latent(crop, span, report))
+                features = self.first_stage.features(z)
                 points = coords[None].to(features), cells[None].to(features)
                 rgb = self.first_stage.liif.query(features, *points)[0].mT.cpu()  # (3, N)
-                rgb = back_project(rgb.reshape(3, *window[2:]), crop)
+                rgb = back_project(rgb.reshape(3, *window[2:]), span.cut(low))
                 paste(out, rgb.clamp(-1, 1), window, coords, span)
         return out
 
-    def condition(self, low: Tensor) -> Tensor:
+    def condition(self, low: Tensor, grid: Size | None = None) -> Tensor:
         """Turn low-resolution images (B, 3, h, w) in [-1, 1] into scaled latents (B, c, h', w').
 
         Enlarged by nearest neighbour to the encoder's input size and encoded, as in the released
-        code; h' = h * image_size / low_size / f.
+        code; `grid` is (h', w'), by default (h, w) times `zoom`.
         """
-        ratio = self.preset.image_size / self.preset.low_size / self.preset.factor
-        grid = [max(1, round(n * ratio)) for n in low.shape[-2:]]
+        grid = grid or tuple(max(1, round(n * self.zoom)) for n in low.shape[-2:])
         enlarged = F.interpolate(low, size=[n * self.preset.factor for n in grid], mode="nearest")
         return self.first_stage.encode(enlarged) * self.scale_factor
 
@@ -275,19 +301,19 @@ class ArbitraryScaleModel(nn.Module):
 
         return noise
 
-    def _denoise(
+    def _sample(
         self,
+        denoise: Denoiser,
         noise: Tensor,
-        condition: Tensor | None,
         steps: int,
         sampler: str,
         generator: torch.Generator,
-        progress: Progress | None,
+        progress: Progress | None = None,
     ) -> Tensor:
         # The solver errs most where noise is low, so its grid is denser there (Song et al. 2021).
         power = 2.0 if sampler == "dpm_solver_pp" else 1.0
         z = get_sampler(sampler)(
-            self.denoise(condition),
+            denoise,
             noise.to(self.device) * self.preset.noise_level,
             self.schedule,
             spaced_timesteps(self.schedule.steps, steps, power),

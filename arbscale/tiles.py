@@ -1,19 +1,24 @@
-"""Overlapping tiles: large pictures in memory bounded by the tile.
+"""Overlapping tiles: networks that see a tile at a time, and pictures without seams.
 
-Tiles are cut in the input; each is denoised on its own, with noise that does not depend on how the
-picture is cut, and laid over its neighbours with a linear ramp across the overlap.
+Tiles are cut in the input. What the denoiser says of them is blended at every step, from noise that
+does not depend on how the picture is cut; their decoded pixels are laid over those of the
+neighbours with a linear ramp across the overlap.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 from torch import Tensor
 
 from arbscale.coords import Size, Window
+
+Place = tuple[EllipsisType, slice, slice]
+"""Which rows and columns of a tensor (..., h, w) something is."""
 
 NOISE_BLOCK = 32  # latent pixels a side that share one stream of random numbers
 
@@ -28,6 +33,17 @@ class Tile:
     right: int
     over_top: int
     over_left: int
+
+    def cut(self, picture: Tensor) -> Tensor:
+        """Return the tile's part of the input (..., h, w)."""
+        return picture[..., self.top : self.bottom, self.left : self.right]
+
+    def latent(self, zoom: float) -> Place:
+        """Return where the tile lies in the latent, `zoom` latent pixels an input pixel."""
+        spans = (self.top, self.bottom), (self.left, self.right)
+        starts = [round(low * zoom) for low, _ in spans]
+        stops = [max(a + 1, round(b * zoom)) for a, (_, b) in zip(starts, spans, strict=True)]
+        return (..., slice(starts[0], stops[0]), slice(starts[1], stops[1]))
 
     def points(self, low_size: Size, size: Size) -> tuple[Window, Tensor, Tensor]:
         """Find the output pixels whose centres lie in this tile.
@@ -75,6 +91,27 @@ def _spans(n: int, side: int, overlap: int) -> list[tuple[int, int, int]]:
         (start, end, ends[i - 1] - start if i else 0)
         for i, (start, end) in enumerate(zip(starts, ends, strict=True))
     ]
+
+
+def blend(parts: Iterable[tuple[Place, Tensor]], like: Tensor) -> Tensor:
+    """Lay overlapping parts of a tensor together, each fading out towards its border.
+
+    `parts` cover the rows and columns of `like` (B, c, h, w); the result is what they say there,
+    each weighted by the distance from its own border.
+    """
+    total, weights = torch.zeros_like(like), like.new_zeros(like.shape[-2:])
+    for place, part in parts:
+        rows, columns = (_tent(n, like) for n in part.shape[-2:])
+        weight = rows[:, None] * columns  # (h', w')
+        total[place] += weight * part
+        weights[place] += weight
+    return total / weights
+
+
+def _tent(n: int, like: Tensor) -> Tensor:
+    """Return the distances (n,) of n pixels from the border."""
+    position = torch.arange(n, device=like.device, dtype=like.dtype) + 0.5
+    return torch.minimum(position, n - position)
 
 
 def noise_field(seed: int, channels: int, corner: Size, size: Size) -> Tensor:

@@ -13,6 +13,7 @@ import arbscale
 from arbscale import presets
 from arbscale.model import ArbitraryScaleModel
 from arbscale.samplers import SAMPLERS
+from arbscale.tiles import tiles
 
 
 def build(low_size: int | None = None, **changes) -> ArbitraryScaleModel:
@@ -434,13 +435,12 @@ def test_paint_decodes_tile_by_tile_what_the_whole_decodes_at_once():
     """Latents that are the same everywhere leave no seams, whatever the tiles."""
     model = build(8)
     low = torch.zeros(3, 20, 28)
-    z = torch.full((1, 3, 1, 1), 0.3)
+    z = torch.full((1, 3, 40, 56), 0.3)  # a latent pixel is half an input pixel
 
-    def latent(crop, span, progress):
-        height, width = (2 * n for n in crop.shape[-2:])  # a latent pixel is half an input pixel
-        return z.expand(1, 3, height, width)
+    def paint(side):
+        spans = tiles(low.shape[-2:], side, side // 4)
+        return model.paint(low, (50, 70), ((span, z[span.latent(2)]) for span in spans))
 
-    one = model.paint(low, (50, 70), latent, tile=64)
-    many = model.paint(low, (50, 70), latent, tile=12)
+    one, many = paint(64), paint(12)
     assert one.shape == (3, 50, 70)
     assert (one - many).abs().max() < 0.05
