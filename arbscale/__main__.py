@@ -25,7 +25,7 @@ def demo(args: argparse.Namespace) -> None:
     from arbscale.data import sample_photos
     from arbscale.viz import contact_sheet
 
-    scenes, photos = ArbitraryScaleModel.load("scenes"), ArbitraryScaleModel.load("photos-tiny")
+    scenes, photos = ArbitraryScaleModel.load("scenes"), ArbitraryScaleModel.load("photos")
     items = []
     for size in (32, (75, 100), 200, 512):
         height, width = check_size(size)
@@ -37,7 +37,7 @@ def demo(args: argparse.Namespace) -> None:
     items += [
         (low, "photograph, 70 x 70"),
         (resize(low, size), f"bicubic x3.7, {size[0]} x {size[1]}"),
-        (photos.upscale(low, size=size, seed=args.seed), f"ours x3.7, {size[0]} x {size[1]}"),
+        (photos.upscale(low, size=size, seed=args.seed, steps=5), f"ours x3.7, {size[0]} x {size[1]}"),
         (resize(cat, size), "the original at that size"),
     ]
     _write(contact_sheet(items, columns=4, box=300), args.output)
@@ -342,7 +342,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(upscale)
     sub.add_argument("image", type=Path, help="a picture file")
-    sub.add_argument("--model", default="photos-tiny", help="name or folder; default photos-tiny")
+    sub.add_argument("--model", default="photos", help="name or folder; default photos")
     wanted = sub.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--scale", type=_scale, help="a positive number such as 3.7")
     wanted.add_argument("--size", type=_size, help="1080 or 1080x1920 (height x width)")

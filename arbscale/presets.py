@@ -168,7 +168,7 @@ def scenes() -> Preset:
 
 
 def cats() -> Preset:
-    """Return the shipped generator of cats' faces: 64 px, latent 16 x 16 x 4, targets to 256 px."""
+    """Return a generator of cats' faces: 64 px, latent 16 x 16 x 4, targets to 256 px."""
     return Preset(
         name="cats",
         channels=48,

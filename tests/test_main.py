@@ -19,7 +19,7 @@ def models(tmp_path_factory):
     """Save an untrained generator and an untrained super-resolver under the shipped names."""
     root = tmp_path_factory.mktemp("data")
     torch.manual_seed(0)
-    for name, low_size in (("scenes", None), ("photos-tiny", 8)):
+    for name, low_size in (("scenes", None), ("photos", 8)):
         model = ArbitraryScaleModel(presets.tiny(low_size), manifest={"name": name})
         model.save(root / name)
     return root
@@ -111,10 +111,10 @@ def test_upscale_takes_one_pixel_wide_and_a_size(run, tmp_path):
         (("upscale", "in.png", "--scale", 2, "--model", "scenes", "-o", "o.png"), "generator"),
         (("upscale", "in.png", "--scale", 2, "--sampler", "euler", "-o", "o.png"), "ddim"),
         (("upscale", "in.png", "--scale", 2, "--steps", 5000, "-o", "o.png"), "between 1 and"),
-        (("generate", "photos-tiny", "-o", "o.png"), "super-resolution"),
+        (("generate", "photos", "-o", "o.png"), "super-resolution"),
         (("generate", "-n", 0, "-o", "o.png"), "at least 1"),
         (("train", "huge", "-o", "o"), "no preset"),
-        (("evaluate", "photos-tiny", "--data", "nowhere"), "ARBSCALE_DATA"),
+        (("evaluate", "photos", "--data", "nowhere"), "ARBSCALE_DATA"),
         (("fly",), "invalid choice"),
         ((), "COMMAND"),
     ],
@@ -164,7 +164,7 @@ def test_evaluate_writes_json_with_its_protocol(run, tmp_path, offline):
     assert [p.name for p in (tmp_path / "results").iterdir()] == ["a.json"]
     Image.fromarray(gradient(60, 64)).convert("RGB").save(tmp_path / "in.png")
     words += ("--steps", 2, "--protocol", "benchmark", "--split", "all")
-    assert run("evaluate", "photos-tiny", "--data", tmp_path, *words)[0] == 0
+    assert run("evaluate", "photos", "--data", tmp_path, *words)[0] == 0
     report = report_of(tmp_path / "results/a.json")
     assert set(report["results"]["2"]) == {
         "bicubic",
@@ -209,7 +209,7 @@ def test_evaluate_generates_resumes_and_repeats_itself(run, tmp_path, offline, m
     ("words", "hint"),
     [
         (("scenes", "--task", "upscale"), "--task reconstruct"),
-        (("photos-tiny", "--task", "generate"), "--task upscale"),
+        (("photos", "--task", "generate"), "--task upscale"),
         (("scenes", "--protocol", "set5"), "take one of whole"),
         (("scenes", "-n", 5000), "fewer than 5000"),
         (("scenes", "--task", "generate", "-n", 4), "8 pictures or more"),

@@ -63,7 +63,7 @@ def test_every_preset_is_sound(name):
     assert presets.build_schedule(preset).steps == preset.diffusion_steps
 
 
-@pytest.mark.parametrize("name", ["tiny", "scenes", "photos-tiny"])
+@pytest.mark.parametrize("name", ["tiny", "scenes", "cats", "photos", "photos-tiny"])
 def test_a_slider_stays_live_with_the_shipped_presets(name):
     hidden = presets.get(name).hidden
     assert len(hidden) <= 4 and max(hidden) <= 96

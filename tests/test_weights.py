@@ -114,7 +114,7 @@ def test_an_unknown_name(tmp_path):
     for wrong in ("no-such-model", tmp_path):
         with pytest.raises(FileNotFoundError, match="train one with `python -m arbscale train`"):
             weights.find(wrong)
-    with pytest.raises(FileNotFoundError, match="no model 'no-such-model'.*photos-tiny, scenes"):
+    with pytest.raises(FileNotFoundError, match="no model 'no-such-model'.*photos, photos-tiny, scenes"):
         arbscale.load("no-such-model")
 
 
@@ -173,7 +173,7 @@ def test_a_path_may_be_text_and_relative(model_folder, monkeypatch):
     assert arbscale.load(str(model_folder)).preset == presets.tiny()
 
 
-@pytest.mark.parametrize("name", ["scenes", "photos-tiny"])
+@pytest.mark.parametrize("name", ["scenes", "photos", "photos-tiny"])
 def test_what_ships_can_be_loaded(name):
     assert name in weights.shipped()
     model = arbscale.load(name)
