@@ -114,7 +114,9 @@ def test_an_unknown_name(tmp_path):
     for wrong in ("no-such-model", tmp_path):
         with pytest.raises(FileNotFoundError, match="train one with `python -m arbscale train`"):
             weights.find(wrong)
-    with pytest.raises(FileNotFoundError, match="no model 'no-such-model'.*photos, photos-tiny, scenes"):
+    with pytest.raises(
+        FileNotFoundError, match="no model 'no-such-model'.*photos, photos-tiny, scenes"
+    ):
         arbscale.load("no-such-model")
 
 
