@@ -202,3 +202,13 @@ def test_the_log_variance_is_clamped():
     posterior = GaussianPosterior.from_moments(moments)
     assert posterior.logvar.flatten().tolist() == [-30, 20]
     assert posterior.kl().isfinite().all() and posterior.sample(seeded()).isfinite().all()
+
+
+@torch.no_grad()
+def test_signals_are_as_strong_at_the_end_as_at_the_beginning():
+    """PyTorch's own draw of the weights would leave a tenth of them."""
+    torch.manual_seed(0)
+    encoder, decoder = Encoder(64, (1, 2, 2), 1, groups=8), SymmetricDecoder(64, (1, 2, 2), 1)
+    z = encoder(noise(4, 3, 32, 32))
+    assert 0.3 < z.std() < 2
+    assert 0.3 < decoder(z / z.std()).std() < 3

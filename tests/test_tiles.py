@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arbscale.coords import cell, grid
-from arbscale.tiles import NOISE_BLOCK, Tile, noise_field, paste, tiles
+from arbscale.tiles import NOISE_BLOCK, Tile, blend, noise_field, paste, tiles
 
 COVERS = [
     # input, tile, overlap
@@ -133,6 +133,29 @@ def test_the_overlap_fades_in():
     row = out[0, 0]
     assert row[:4].tolist() == [0] * 4 and row[8:].tolist() == [1] * 4
     assert row[4:8].tolist() == pytest.approx([0.125, 0.375, 0.625, 0.875])
+
+
+# Blending -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "side", "overlap"), COVERS, ids=str)
+@pytest.mark.parametrize("zoom", [1, 2, 0.5], ids=str)
+def test_parts_of_one_tensor_blend_to_it(size, side, overlap, zoom):
+    """Whatever the tiles, a latent of a fraction of the input's size too."""
+    places = [tile.latent(zoom) for tile in tiles(size, side, overlap)]
+    height, width = (max(place[axis].stop for place in places) for axis in (1, 2))
+    assert abs(height - size[0] * zoom) <= 1 and abs(width - size[1] * zoom) <= 1
+    z = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(blend(((place, z[place]) for place in places), z), z)
+
+
+def test_a_part_counts_less_towards_its_border():
+    left, right = (tile.latent(1) for tile in tiles((1, 12), 8, 4))
+    like = torch.zeros(1, 1, 1, 12)
+    out = blend(((p, torch.full((1, 1, 1, 8), v)) for p, v in ((left, 0.0), (right, 1.0))), like)
+    assert out.flatten()[:4].tolist() == [0] * 4 and out.flatten()[8:].tolist() == [1] * 4
+    shares = [0.5 / 4, 1.5 / 4, 2.5 / 4, 3.5 / 4]  # of 4: the two distances from the borders
+    assert out.flatten()[4:8].tolist() == pytest.approx(shares)
 
 
 # Noise --------------------------------------------------------------------------------------------
