@@ -349,7 +349,7 @@ def parser() -> argparse.ArgumentParser:
     wanted = sub.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--scale", type=_scale, help="a positive number such as 3.7")
     wanted.add_argument("--size", type=_size, help="1080 or 1080x1920 (height x width)")
-    sampling(sub, 10)
+    sampling(sub, 5)
 
     sub = command(evaluate)
     sub.add_argument("model", help="name or folder")

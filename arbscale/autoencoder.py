@@ -19,7 +19,7 @@ def _norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=EPS)
 
 
-def conv(in_channels: int, out_channels: int, kernel: int, **options: int) -> nn.Conv2d:
+def _conv(in_channels: int, out_channels: int, kernel: int, **options: int) -> nn.Conv2d:
     """Make a convolution that keeps a signal's strength (He et al. 2015).
 
     PyTorch's own draw of the weights leaves a third of the variance behind each layer, and a
@@ -37,11 +37,11 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int = 32):
         super().__init__()
         self.norm1 = _norm(in_channels, groups)
-        self.conv1 = conv(in_channels, out_channels, 3, padding=1)
+        self.conv1 = _conv(in_channels, out_channels, 3, padding=1)
         self.norm2 = _norm(out_channels, groups)
-        self.conv2 = conv(out_channels, out_channels, 3, padding=1)
+        self.conv2 = _conv(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
-        self.skip = nn.Identity() if same else conv(in_channels, out_channels, 1)
+        self.skip = nn.Identity() if same else _conv(in_channels, out_channels, 1)
         nn.init.zeros_(self.conv2.weight)  # starts as the identity (or `skip`): trains faster
         nn.init.zeros_(self.conv2.bias)
 
@@ -58,10 +58,10 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int = 32):
         super().__init__()
         self.norm = _norm(channels, groups)
-        self.q = conv(channels, channels, 1)
-        self.k = conv(channels, channels, 1)
-        self.v = conv(channels, channels, 1)
-        self.out = conv(channels, channels, 1)
+        self.q = _conv(channels, channels, 1)
+        self.k = _conv(channels, channels, 1)
+        self.v = _conv(channels, channels, 1)
+        self.out = _conv(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -79,7 +79,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = conv(channels, channels, 3, stride=2)
+        self.conv = _conv(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h // 2, w // 2)."""
@@ -91,7 +91,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = conv(channels, channels, 3, padding=1)
+        self.conv = _conv(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, 2h, 2w)."""
@@ -156,7 +156,7 @@ class Encoder(nn.Module):
         widths = [channels * m for m in multipliers]
         out_channels = latent_channels * (2 if posterior else 1)
         self.factor = 2 ** (len(widths) - 1)
-        self.stem = conv(3, channels, 3, padding=1)
+        self.stem = _conv(3, channels, 3, padding=1)
         self.levels = nn.ModuleList(
             _level(before, width, blocks, i in attention_levels, groups)
             for i, (before, width) in enumerate(zip([channels, *widths], widths, strict=False))
@@ -164,8 +164,8 @@ class Encoder(nn.Module):
         self.downs = nn.ModuleList(Downsample(width) for width in widths[:-1])
         self.middle = _middle(widths[-1], groups)
         self.norm = _norm(widths[-1], groups)
-        self.conv = conv(widths[-1], out_channels, 3, padding=1)
-        self.head = conv(out_channels, out_channels, 1)
+        self.conv = _conv(widths[-1], out_channels, 3, padding=1)
+        self.head = _conv(out_channels, out_channels, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         """Encode images whose sides are multiples of `factor`; ValueError otherwise."""
@@ -203,8 +203,8 @@ class SymmetricDecoder(nn.Module):
         super().__init__()
         widths = [channels * m for m in reversed(multipliers)]
         self.stem = nn.Sequential(
-            conv(latent_channels, latent_channels, 1),
-            conv(latent_channels, widths[0], 3, padding=1),
+            _conv(latent_channels, latent_channels, 1),
+            _conv(latent_channels, widths[0], 3, padding=1),
         )
         self.middle = _middle(widths[0], groups)
         last = len(widths) - 1
@@ -240,7 +240,7 @@ class Decoder(SymmetricDecoder):
         super().__init__(channels, multipliers, blocks, latent_channels, attention_levels, groups)
         self.ups = nn.ModuleList(Upsample(channels * m) for m in reversed(multipliers[1:]))
         self.norm = _norm(channels * multipliers[0], groups)
-        self.conv = conv(channels * multipliers[0], 3, 3, padding=1)
+        self.conv = _conv(channels * multipliers[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """Decode to the one size that the encoder came from."""

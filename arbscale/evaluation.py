@@ -18,7 +18,7 @@ from arbscale.model import ArbitraryScaleModel, back_project
 from arbscale.protocols import Protocol, eight_bits
 from arbscale.resume import Partial
 from arbscale.scenes import render_scenes, sample_scenes
-from arbscale.tiles import Tile, tiles
+from arbscale.tiles import Tile
 
 Rows = dict[str, Tensor]
 """Pictures by method, all of one size (1, 3, H, W); "truth" is the reference."""
@@ -113,13 +113,11 @@ def upscaling_rows(
     given = resize(high, (low.shape[1] * factor, low.shape[2] * factor))[None]
     size = tuple(high.shape[-2:])
 
-    spans = tiles(low.shape[-2:], 2 * model.preset.low_size, overlap=model.preset.low_size // 2)
-
     def encoded(span: Tile) -> Tensor:
         wanted = span.latent(factor)  # pixels of the encoder's input
         return model.first_stage.encode(given[wanted].to(model.device))
 
-    encodings = ((span, encoded(span)) for span in spans)
+    encodings = ((span, encoded(span)) for span in model.tiles(low.shape[-2:]))
     bicubic = resize(low, size)
     ours = model.upscale(
         low, size=size, seed=sampling.seed, steps=sampling.steps, sampler=sampling.sampler

@@ -53,7 +53,7 @@ class LIIF(nn.Module):
         self.layers = nn.ModuleList(
             nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
         )
-        for i, layer in enumerate(self.layers):  # as in autoencoder.conv; ReLU takes half away
+        for i, layer in enumerate(self.layers):  # as in autoencoder._conv; ReLU takes half away
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu" if i else "linear")
 
     def query(

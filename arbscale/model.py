@@ -178,14 +178,17 @@ class ArbitraryScaleModel(nn.Module):
         if (scale is None) == (size is None):
             raise ValueError("give either scale, such as 3.7, or size, such as (480, 640)")
         size = scaled_size(low.shape[-2:], scale) if size is None else check_size(size)
-
-        tile = tile or 2 * self.preset.low_size
-        spans = list(tiles(low.shape[-2:], tile, overlap=tile // 4))
+        spans = self.tiles(low.shape[-2:], tile)
         z = self._sample_tiles(low, spans, seed, steps, sampler, progress)
         keep_float = isinstance(image, Tensor) and image.is_floating_point()
         dtype = torch.float32 if keep_float else torch.uint8
         parts = ((span, z[span.latent(self.zoom)]) for span in spans)
         return _like(self.paint(low, size, parts, dtype), image)
+
+    def tiles(self, size: Size, side: int | None = None) -> list[Tile]:
+        """Cut an input of `size` into tiles; `side` in its pixels, by default twice `low_size`."""
+        side = side or 2 * self.preset.low_size
+        return list(tiles(size, side, overlap=side // 4))
 
     @property
     def zoom(self) -> float:
@@ -244,7 +247,7 @@ class ArbitraryScaleModel(nn.Module):
         size
             (height, width) of the picture.
         latents
-            Tiles of the input in the order of `tiles`, each with its latent (1, c, h', w').
+            Tiles of the input in their order, each with its latent (1, c, h', w').
         dtype
             float32, or uint8 for a quarter of the memory.
 

@@ -206,7 +206,7 @@ def test_the_log_variance_is_clamped():
 
 @torch.no_grad()
 def test_signals_are_as_strong_at_the_end_as_at_the_beginning():
-    """PyTorch's own draw of the weights would leave a tenth of them."""
+    """PyTorch's own draw of the weights would leave less than a third of the decoder's."""
     torch.manual_seed(0)
     encoder, decoder = Encoder(64, (1, 2, 2), 1, groups=8), SymmetricDecoder(64, (1, 2, 2), 1)
     z = encoder(noise(4, 3, 32, 32))
