@@ -131,7 +131,7 @@ class ArbitraryScaleModel(nn.Module):
         scale: float | None = None,
         size: int | Size | None = None,
         seed: int = 0,
-        steps: int = 10,
+        steps: int = 5,
         sampler: str = "dpm_solver_pp",
         tile: int | None = None,
         progress: Progress | None = None,

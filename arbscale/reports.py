@@ -16,6 +16,7 @@ from arbscale.model import ArbitraryScaleModel
 LIBRARIES = ("arbscale", "torch", "torchvision", "numpy", "scikit-image", "lpips", "torch-fidelity")
 TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
 DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4}
+UNALIGNED = "unaligned"  # folder beside a report: the same of the weights before the alignment
 
 
 def header(model: ArbitraryScaleModel, task: str, protocol: dict) -> dict:
@@ -56,6 +57,29 @@ def read(path: Path) -> dict:
     raise ValueError(
         f"{path} is no report of `python -m arbscale evaluate`, `bench` or `ablate`; write it again"
     )
+
+
+def read_with_unaligned(path: Path) -> dict:
+    """Read a report, with the rows of the one in the folder `UNALIGNED` beside it, if any.
+
+    Raises ValueError where the two were not measured in the same way.
+    """
+    report, path = read(path), path.parent / UNALIGNED / path.name
+    if not path.is_file():
+        return report
+    before = read(path)
+    if before["protocol"] != report["protocol"]:
+        raise ValueError(f"{path} was measured by another protocol; write it again")
+    name = "ours, before the alignment"
+    if report["task"] == "generate":
+        rows = report["results"]["rows"]
+        for row in [row for row in before["results"]["rows"] if row["method"] == "ours"]:
+            of_size = [i for i, other in enumerate(rows) if other["size"] == row["size"]]
+            rows.insert(of_size[-1] + 1, {**row, "method": name})
+    else:
+        for scale, methods in report["results"].items():
+            methods[name] = before["results"][scale]["ours"]
+    return report
 
 
 def table(report: dict) -> str:

@@ -23,7 +23,8 @@ from arbscale.trainer import Run, process_state
 PROG = "python -m arbscale train"
 CONFIG = "config.json"
 FOLDER = Path("runs/OUTPUT")  # the run folder, unless named, takes the name of the output
-LICENCES = {"scenes": "MIT; trained on procedural pictures of this package"}
+AFHQ = "CC BY-NC 4.0, as the pictures of AFHQ are: for non-commercial use alone"
+LICENCES = {"scenes": "MIT; trained on procedural pictures of this package", "afhq_cats": AFHQ}
 
 
 @dataclass(frozen=True)

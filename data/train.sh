@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Trains a family from its data: first stage and denoiser, then the alignment, into data/FAMILY.
-#   data/train.sh photos             one CPU thread, an hour; or cats
+# Trains a family from its data, stage by stage, into data/FAMILY.
+#   data/train.sh photos             one CPU thread, an hour; or cats, on two
 #   SCALE=20 data/train.sh cats      that many times the steps, for a GPU
+#   PROCESSES=2 data/train.sh cats   the denoiser in that many processes, on as many cores or GPUs
 # ARBSCALE_DATA names the folder of the data: afhq_cats (`python -m arbscale download afhq`), or sr,
 # any photographs; ARBSCALE_WEIGHTS may name one of AlexNet's weights, for LPIPS. A stopped run goes
 # on where it was when the same command is given again.
@@ -9,21 +10,32 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 family=${1:?name a family: cats or photos} scale=${SCALE:-1}
 : "${ARBSCALE_DATA:?name the folder of the data}"
-
-case $family in
-  cats) data=(afhq_cats --whole) pool=12288 diffusion=6500 ;;
-  photos) data=(sr) pool=6144 diffusion=5500 ;;
-  *) echo "there is no family $family; name cats or photos" >&2; exit 2 ;;
-esac
-# Where the cats are of 128 px, larger versions of some may lie beside them.
-if [ "$family" = cats ] && [ -d "$ARBSCALE_DATA/afhq_cats/hi256" ]; then
-  data+=(--larger afhq_cats/hi256)
-fi
 python=python3
 if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
 
-"$python" -m arbscale train "$family" --data "${data[@]}" --joint --precision bf16 --pool $pool \
-  --steps 0 $((5000 * scale)) $((diffusion * scale)) 0 --resume -o "runs/$family-unaligned"
-"$python" -m arbscale train "$family" --start "runs/$family-unaligned" --data "${data[@]}" \
-  --precision bf16 --steps 0 0 0 200 --sample-every 0 --resume --folder "runs/$family-aligned" \
-  -o "data/$family"
+train() { # FOLDER [options]: one stage or more, with the run's folder named after the weights'
+  run=$1
+  shift
+  "${launch[@]}" arbscale train "$family" --precision bf16 --resume --folder "runs/${run##*/}" -o "$run" "$@"
+}
+launch=("$python" -m)
+
+case $family in
+  cats)
+    data=(--data afhq_cats --whole) mixed=(--data afhq_cats --whole)
+    # Where the cats are of 128 px, larger versions of some may lie beside them.
+    if [ -d "$ARBSCALE_DATA/afhq_cats/hi256" ]; then mixed+=(--larger afhq_cats/hi256); fi
+    train runs/cats-first "${mixed[@]}" --joint --steps 0 $((5000 * scale)) 0 0
+    launch=("$python" -m torch.distributed.run --nproc_per_node "${PROCESSES:-1}" -m --)
+    train runs/cats-denoiser --start runs/cats-first "${data[@]}" --pool 24576 --steps 0 0 $((8500 * scale)) 0
+    launch=("$python" -m)
+    train runs/cats-unaligned --start runs/cats-denoiser "${mixed[@]}" --preset.lpips-weight 0.02 \
+      --preset.target-sizes 64 256 --steps 0 $((4000 * scale)) 0 0
+    train data/cats --start runs/cats-unaligned "${data[@]}" --sample-every 0 --steps 0 0 0 200
+    ;;
+  photos)
+    train runs/photos-unaligned --data sr --joint --pool 6144 --steps 0 $((5000 * scale)) $((5500 * scale)) 0
+    train data/photos --start runs/photos-unaligned --data sr --sample-every 0 --steps 0 0 0 200
+    ;;
+  *) echo "there is no family $family; name cats or photos" >&2; exit 2 ;;
+esac

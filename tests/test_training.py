@@ -371,6 +371,18 @@ def test_v_learns_and_samples():
     assert model.generate(1, 16, steps=3).isfinite().all()
 
 
+@pytest.mark.parametrize(("size", "share"), [(32, 1), (48, 4 / 9), (128, 1 / 16)])
+def test_lpips_counts_as_the_share_that_the_encoder_has_seen(monkeypatch, size, share):
+    model = build(lpips_weight=1.0, image_size=32, target_sizes=(size, size), crop=32)
+    stage = training.DecoderStage(model.first_stage, SOURCE, model.preset, True)
+    drawn = stage.draw(seeded(), slice(0, 4))
+    losses = []
+    for value in (0.0, 5.0):
+        monkeypatch.setattr(training, "_perceptual", lambda *_, value=value: value)
+        losses.append(stage(**drawn).item())
+    assert losses[1] - losses[0] == pytest.approx(5 * share, rel=1e-4)
+
+
 @pytest.mark.skipif(not lpips_is_there(), reason="LPIPS needs AlexNet's weights (ARBSCALE_WEIGHTS)")
 def test_lpips_enters_the_losses():
     sizes = {"image_size": 32, "target_sizes": (32, 40), "crop": 32}
