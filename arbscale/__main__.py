@@ -21,15 +21,15 @@ MAX_PIXELS = 400_000_000  # of an output file; more than a picture viewer opens
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Draw a scene at four sizes and enlarge a photograph x3.7, into one contact sheet."""
+    """Draw a cat at four sizes and enlarge a photograph x3.7, into one contact sheet."""
     from arbscale.data import sample_photos
     from arbscale.viz import contact_sheet
 
-    scenes, photos = ArbitraryScaleModel.load("scenes"), ArbitraryScaleModel.load("photos")
+    cats, photos = ArbitraryScaleModel.load("cats"), ArbitraryScaleModel.load("photos")
     items = []
     for size in (32, (75, 100), 200, 512):
         height, width = check_size(size)
-        picture = scenes.generate(1, size, args.seed)[0]
+        picture = cats.generate(1, size, args.seed)[0]
         items.append((picture, f"one seed at {height} x {width}"))
     cat = sample_photos()["cat"][:, 20:280, 90:350]  # (3, 260, 260), the face
     low = resize(cat, (70, 70))
@@ -337,7 +337,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", type=Path, default=Path("outputs/demo.png"))
 
     sub = command(generate)
-    sub.add_argument("model", nargs="?", default="scenes", help="name or folder; default scenes")
+    sub.add_argument("model", nargs="?", default="cats", help="name or folder; default cats")
     sub.add_argument("-n", "--number", type=_count, default=1, help="of pictures; default 1")
     sub.add_argument("--size", type=_size, default=(256, 256), help="256 or 75x100")
     sub.add_argument("--sheet", action="store_true", help="write all on one sheet")
@@ -381,7 +381,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("reports", type=Path, nargs="+", help="JSON files")
 
     sub = command(bench)
-    sub.add_argument("model", nargs="?", default="scenes", help="name or folder; default scenes")
+    sub.add_argument("model", nargs="?", default="cats", help="name or folder; default cats")
     sub.add_argument("--sizes", type=_size, nargs="+", default=[(64, 64), (128, 128), (256, 256)])
     sub.add_argument("--batch", type=_count, default=1, help="pictures a call; default 1")
     sub.add_argument("--steps", type=_count, default=20, help="denoising steps; default 20")

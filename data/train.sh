@@ -13,12 +13,11 @@ family=${1:?name a family: cats or photos} scale=${SCALE:-1}
 python=python3
 if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
 
-train() { # FOLDER [options]: one stage or more, with the run's folder named after the weights'
-  run=$1
-  shift
-  "${launch[@]}" arbscale train "$family" --precision bf16 --resume --folder "runs/${run##*/}" -o "$run" "$@"
-}
 launch=("$python" -m)
+train() { # FOLDER OPTIONS: some stages, from which FOLDER gets the weights
+  local options=(--precision bf16 --resume --folder "runs/${1##*/}")
+  "${launch[@]}" arbscale train "$family" "${options[@]}" -o "$@"
+}
 
 case $family in
   cats)
@@ -27,14 +26,16 @@ case $family in
     if [ -d "$ARBSCALE_DATA/afhq_cats/hi256" ]; then mixed+=(--larger afhq_cats/hi256); fi
     train runs/cats-first "${mixed[@]}" --joint --steps 0 $((5000 * scale)) 0 0
     launch=("$python" -m torch.distributed.run --nproc_per_node "${PROCESSES:-1}" -m --)
-    train runs/cats-denoiser --start runs/cats-first "${data[@]}" --pool 24576 --steps 0 0 $((8500 * scale)) 0
+    train runs/cats-denoiser --start runs/cats-first "${data[@]}" --pool 24576 \
+      --steps 0 0 $((8500 * scale)) 0
     launch=("$python" -m)
-    train runs/cats-unaligned --start runs/cats-denoiser "${mixed[@]}" --preset.lpips-weight 0.02 \
+    train runs/cats-unaligned --start runs/cats-denoiser "${mixed[@]}" \
       --preset.target-sizes 64 256 --steps 0 $((4000 * scale)) 0 0
     train data/cats --start runs/cats-unaligned "${data[@]}" --sample-every 0 --steps 0 0 0 200
     ;;
   photos)
-    train runs/photos-unaligned --data sr --joint --pool 6144 --steps 0 $((5000 * scale)) $((5500 * scale)) 0
+    train runs/photos-unaligned --data sr --joint --pool 6144 \
+      --steps 0 $((5000 * scale)) $((5500 * scale)) 0
     train data/photos --start runs/photos-unaligned --data sr --sample-every 0 --steps 0 0 0 200
     ;;
   *) echo "there is no family $family; name cats or photos" >&2; exit 2 ;;

@@ -19,7 +19,7 @@ def models(tmp_path_factory):
     """Save an untrained generator and an untrained super-resolver under the shipped names."""
     root = tmp_path_factory.mktemp("data")
     torch.manual_seed(0)
-    for name, low_size in (("scenes", None), ("photos", 8)):
+    for name, low_size in (("cats", None), ("scenes", None), ("photos", 8)):
         model = ArbitraryScaleModel(presets.tiny(low_size), manifest={"name": name})
         model.save(root / name)
     return root

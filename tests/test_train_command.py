@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +48,33 @@ def test_every_number_can_be_changed():
     assert options.run.precision == "bf16" and options.run.workers == 2 and options.run.resume
     assert options.steps == (1, 2, 3, 4) and str(options.run.folder) == "runs/mine"
     assert str(parse("tiny -o mine --folder here".split()).run.folder) == "here"
+
+
+@pytest.mark.parametrize("family", ["cats", "photos"])
+def test_the_script_of_the_shipped_models_trains_on_from_what_it_wrote(
+    family, tmp_path, monkeypatch
+):
+    root = Path(__file__).resolve().parents[1]
+    (tmp_path / "data/afhq_cats/hi256").mkdir(parents=True)
+    script = shutil.copy(root / "data/train.sh", tmp_path / "data")
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\necho "$*" >> "$0.log"\n')
+    python.chmod(0o755)
+    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ARBSCALE_DATA": str(tmp_path / "data")}
+    subprocess.run(["bash", script, family], env=paths | {"SCALE": "3"}, check=True)
+    begun = {"preset": presets.get(family).to_dict()}
+    monkeypatch.setattr(weights, "find", lambda name: name)
+    monkeypatch.setattr(weights, "read_manifest", lambda folder: begun)
+    stages, written, folders = [0] * 4, [None], set()
+    for line in (tmp_path / "python3.log").read_text().splitlines():
+        options = parse(line.split(" arbscale train ")[1].split())
+        assert options.start == written[-1] and options.run.resume
+        assert options.preset.image_size == begun["preset"]["image_size"]
+        written.append(str(options.output))
+        folders.add(options.run.folder)
+        stages = [a + b for a, b in zip(stages, options.steps, strict=True)]
+    assert written[-1] == f"data/{family}" and len(folders) == len(written) - 1
+    assert stages[0] == 0 and min(stages[1:]) > 0 and stages[1] % 3 == 0
 
 
 def test_help_lists_them(capsys):
