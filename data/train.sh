@@ -30,7 +30,7 @@ case $family in
       --steps 0 0 $((8500 * scale)) 0
     launch=("$python" -m)
     train runs/cats-unaligned --start runs/cats-denoiser "${mixed[@]}" \
-      --preset.target-sizes 64 256 --steps 0 $((4000 * scale)) 0 0
+      --preset.target-sizes 64 256 --steps 0 $((3000 * scale)) 0 0
     train data/cats --start runs/cats-unaligned "${data[@]}" --sample-every 0 --steps 0 0 0 200
     ;;
   photos)
