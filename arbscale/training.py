@@ -91,9 +91,9 @@ def train_decoder(
 
     Each step draws a target size, uniform in `preset.target_sizes` as far as the pictures reach,
     and compares `POINTS` scattered pixels of each picture by L1, or all pixels of a window where
-    `preset.crop` is set. LPIPS counts as the share of the target's pixels that the encoder has
-    seen, at most 1. With `freeze_encoder=False` the encoder is trained along, as in the released
-    code's default.
+    `preset.crop` is set. LPIPS counts in full up to the encoder's input size, and less and less
+    from there to four times that size, where it is left out. With `freeze_encoder=False` the
+    encoder is trained along, as in the released code's default.
     Implements the first stage of Kim and Kim 2024.
     """
     stage = DecoderStage(first_stage, source, preset, freeze_encoder)
@@ -245,8 +245,8 @@ class DecoderStage(Stage):
         side = math.isqrt(rgb.shape[1])
         pictures = [x.mT.unflatten(-1, (side, side)) for x in (rgb, colors)]  # (B, 3, side, side)
         # What is finer than the encoder's input cannot be known: there LPIPS would invent.
-        seen = (self.preset.image_size * cells[0, 0] / 2).square().clamp(max=1)
-        return loss + seen * _perceptual(self.preset, *pictures)
+        share = (4 * self.preset.image_size * cells[0, 0] / 2 - 1) / 3
+        return loss + share.clamp(0, 1) * _perceptual(self.preset, *pictures)
 
     @torch.no_grad()
     def preview(self) -> list[tuple[Tensor, str]]:
