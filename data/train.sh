@@ -21,16 +21,20 @@ train() { # FOLDER OPTIONS: some stages, from which FOLDER gets the weights
 
 case $family in
   cats)
-    data=(--data afhq_cats --whole) mixed=(--data afhq_cats --whole)
+    data=(--data afhq_cats --whole) mixed=(--data afhq_cats --whole) large=(--data afhq_cats --whole)
     # Where the cats are of 128 px, larger versions of some may lie beside them.
-    if [ -d "$ARBSCALE_DATA/afhq_cats/hi256" ]; then mixed+=(--larger afhq_cats/hi256); fi
+    if [ -d "$ARBSCALE_DATA/afhq_cats/hi256" ]; then
+      mixed+=(--larger afhq_cats/hi256) large=(--data afhq_cats/hi256 --whole)
+    fi
     train runs/cats-first "${mixed[@]}" --joint --steps 0 $((5000 * scale)) 0 0
     launch=("$python" -m torch.distributed.run --nproc_per_node "${PROCESSES:-1}" -m --)
     train runs/cats-denoiser --start runs/cats-first "${data[@]}" --pool 24576 \
       --steps 0 0 $((8500 * scale)) 0
     launch=("$python" -m)
-    train runs/cats-unaligned --start runs/cats-denoiser "${mixed[@]}" \
+    train runs/cats-refined --start runs/cats-denoiser "${mixed[@]}" \
       --preset.target-sizes 64 256 --steps 0 $((3000 * scale)) 0 0
+    train runs/cats-unaligned --start runs/cats-refined "${large[@]}" \
+      --preset.first-stage-lr 5e-4 --steps 0 $((1800 * scale)) 0 0
     train data/cats --start runs/cats-unaligned "${data[@]}" --sample-every 0 --steps 0 0 0 200
     ;;
   photos)
