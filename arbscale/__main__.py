@@ -333,7 +333,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("-o", "--output", type=Path, required=True, help="a picture file")
 
     sub = command(demo)
-    sub.set_defaults(seed=3)
+    sub.set_defaults(seed=34)
     sub.add_argument("-o", "--output", type=Path, default=Path("outputs/demo.png"))
 
     sub = command(generate)
