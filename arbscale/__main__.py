@@ -38,7 +38,7 @@ def demo(args: argparse.Namespace) -> None:
         (low, "photograph, 70 x 70"),
         (resize(low, size), f"bicubic x3.7, {size[0]} x {size[1]}"),
         (
-            photos.upscale(low, size=size, seed=args.seed, steps=5),
+            photos.upscale(low, size=size, seed=args.seed),
             f"ours x3.7, {size[0]} x {size[1]}",
         ),
         (resize(cat, size), "the original at that size"),
