@@ -37,10 +37,7 @@ def demo(args: argparse.Namespace) -> None:
     items += [
         (low, "photograph, 70 x 70"),
         (resize(low, size), f"bicubic x3.7, {size[0]} x {size[1]}"),
-        (
-            photos.upscale(low, size=size, seed=args.seed),
-            f"ours x3.7, {size[0]} x {size[1]}",
-        ),
+        (photos.upscale(low, size=size, seed=args.seed), f"ours x3.7, {size[0]} x {size[1]}"),
         (resize(cat, size), "the original at that size"),
     ]
     _write(contact_sheet(items, columns=4, box=300), args.output)

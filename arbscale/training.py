@@ -245,7 +245,8 @@ class DecoderStage(Stage):
         side = math.isqrt(rgb.shape[1])
         pictures = [x.mT.unflatten(-1, (side, side)) for x in (rgb, colors)]  # (B, 3, side, side)
         # What is finer than the encoder's input cannot be known: there LPIPS would invent.
-        share = (4 * self.preset.image_size * cells[0, 0] / 2 - 1) / 3
+        size = 2 / cells[0, 0]
+        share = (4 * self.preset.image_size / size - 1) / 3
         return loss + share.clamp(0, 1) * _perceptual(self.preset, *pictures)
 
     @torch.no_grad()

@@ -139,10 +139,7 @@ def test_published_results_are_of_the_weights_that_ship(path):
 )
 def test_published_tables_are_those_of_the_command(path):
     """Nothing between a measurement and the README was typed by hand."""
-    rows = [
-        x
-        for x in reports.table(reports.read_with_unaligned(path)).splitlines()
-        if x.startswith("| ")
-    ]
+    text = reports.table(reports.read_with_unaligned(path))
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
     published = (ROOT / "README.md").read_text(encoding="utf-8")
     assert rows and not [row for row in rows if row not in published]

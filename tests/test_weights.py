@@ -175,7 +175,7 @@ def test_a_path_may_be_text_and_relative(model_folder, monkeypatch):
     assert arbscale.load(str(model_folder)).preset == presets.tiny()
 
 
-@pytest.mark.parametrize("name", ["scenes", "photos", "photos-tiny"])
+@pytest.mark.parametrize("name", ["cats", "scenes", "photos", "photos-tiny"])
 def test_what_ships_can_be_loaded(name):
     assert name in weights.shipped()
     model = arbscale.load(name)
