@@ -65,7 +65,7 @@ class Preset:
     # losses
     kl_weight: float = 1e-6  # of the posterior's divergence, while the encoder is trained
     lpips_weight: float = 0.0  # of LPIPS beside L1; wants `crop`
-    crop: int = 0  # LIIF's targets are windows of this side; 0: scattered points
+    crop: int = 0  # side of a window of LIIF's targets, beside scattered points; 0: none
     prediction: str = "eps"  # what the denoiser's output is: the noise ("eps") or the velocity "v"
 
     def __post_init__(self) -> None:

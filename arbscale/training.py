@@ -214,7 +214,9 @@ class DecoderStage(Stage):
         low, high = preset.target_sizes
         high = max(low, min(high, batch.largest or high))
         size = int(torch.randint(low, high + 1, (), generator=generator))
-        coords = _points(size, preset.crop, self.batch, generator)[part]  # (b, N, 2)
+        sides = (0, preset.crop) if preset.crop else (0,)
+        points = [_points(size, side, self.batch, generator)[part] for side in sides]
+        coords = torch.cat(points, dim=1)  # (b, N, 2)
         noise = _posterior_noise(preset, self.batch, generator, part) if self.joint else {}
         return {
             "image": batch.image(preset.image_size),
@@ -232,7 +234,7 @@ class DecoderStage(Stage):
         colors: Tensor,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Return the L1 error at the points, with LPIPS and the divergence where wanted."""
+        """Return the L1 error, with LPIPS of the windows and the divergence where wanted."""
         with contextlib.nullcontext() if self.joint else torch.no_grad():
             out = self.first_stage.encoder(image)
         if self.first_stage.has_posterior and not self.joint:
@@ -242,12 +244,12 @@ class DecoderStage(Stage):
         loss = F.l1_loss(rgb, colors) + self.preset.kl_weight * divergence
         if not self.preset.lpips_weight:
             return loss
-        side = math.isqrt(rgb.shape[1])
-        pictures = [x.mT.unflatten(-1, (side, side)) for x in (rgb, colors)]  # (B, 3, side, side)
-        # What is finer than the encoder's input cannot be known: there LPIPS would invent.
-        size = 2 / cells[0, 0]
-        share = (4 * self.preset.image_size / size - 1) / 3
-        return loss + share.clamp(0, 1) * _perceptual(self.preset, *pictures)
+        windows = (x[:, POINTS:].mT for x in (rgb, colors))  # (B, 3, side * side)
+        side = math.isqrt(rgb.shape[1] - POINTS)
+        pictures = (x.unflatten(-1, (side, side)) for x in windows)
+        # What is finer than the encoder's input no latent holds: there LPIPS would invent.
+        share = (self.preset.image_size * cells[0, 0]) ** 4  # 1 up to twice its size
+        return loss + share.clamp(max=1) * _perceptual(self.preset, *pictures)
 
     @torch.no_grad()
     def preview(self) -> list[tuple[Tensor, str]]:

@@ -31,10 +31,8 @@ case $family in
     train runs/cats-denoiser --start runs/cats-first "${data[@]}" --pool 24576 \
       --steps 0 0 $((8500 * scale)) 0
     launch=("$python" -m)
-    train runs/cats-refined --start runs/cats-denoiser "${mixed[@]}" \
-      --preset.target-sizes 64 256 --steps 0 $((3000 * scale)) 0 0
-    train runs/cats-unaligned --start runs/cats-refined "${large[@]}" \
-      --preset.first-stage-lr 5e-4 --steps 0 $((1800 * scale)) 0 0
+    train runs/cats-unaligned --start runs/cats-denoiser "${large[@]}" \
+      --steps 0 $((12000 * scale)) 0 0
     train data/cats --start runs/cats-unaligned "${data[@]}" --sample-every 0 --steps 0 0 0 200
     ;;
   photos)
