@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from arbscale.coords import Size, Window, cell, check_size, check_window, grid
 
 BLOCK = 2048  # pixels rendered at a time: the widest activations stay in the cache
-LOUDER = 10  # a cell is a small number: with weights drawn like the others it goes unheard
 TIE = 1e-5  # of a latent pixel: a point on the border belongs to the latent pixel after it
 
 
@@ -56,8 +55,6 @@ class LIIF(nn.Module):
         )
         for i, layer in enumerate(self.layers):  # as in autoencoder._conv; ReLU takes half away
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu" if i else "linear")
-        with torch.no_grad():
-            self.layers[0].weight[:, in_channels + 2 :] *= LOUDER
 
     def query(
         self, features: Tensor, coords: Tensor, cells: Tensor, block: int | None = BLOCK

@@ -74,7 +74,7 @@ def check(liif, f, size, window=None, tolerance=1e-5, **options):
     for picture, feature in zip(ours, f, strict=True):
         expected = oracle(liif, feature, size, window)
         assert picture.shape == expected.shape
-        assert (picture - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1)
+        assert (picture - expected).abs().max().item() <= tolerance
 
 
 @pytest.mark.parametrize(("ensemble", "cells"), OPTIONS)
@@ -145,9 +145,7 @@ def test_blocks_change_nothing(block):
     liif, f = build(), features(5, 4, batch=2)
     with torch.no_grad():
         whole = liif.render(f, (11, 13), block=None)
-        torch.testing.assert_close(
-            liif.render(f, (11, 13), block=block), whole, atol=1e-6, rtol=1e-5
-        )
+        torch.testing.assert_close(liif.render(f, (11, 13), block=block), whole, atol=1e-6, rtol=0)
 
 
 def test_blocks_change_no_gradient():
