@@ -248,8 +248,8 @@ class DecoderStage(Stage):
         side = math.isqrt(rgb.shape[1] - POINTS)
         pictures = (x.unflatten(-1, (side, side)) for x in windows)
         # What is finer than the encoder's input no latent holds: there LPIPS would invent.
-        share = (self.preset.image_size * cells[0, 0]) ** 4  # 1 up to twice its size
-        return loss + share.clamp(max=1) * _perceptual(self.preset, *pictures)
+        known = self.preset.image_size * cells[0, 0]  # twice the input's side over the target's
+        return loss + known.clamp(max=1) ** 4 * _perceptual(self.preset, *pictures)
 
     @torch.no_grad()
     def preview(self) -> list[tuple[Tensor, str]]:
