@@ -1,12 +1,14 @@
 """Encoder, up-sampling decoder, and the symmetric decoder that does not up-sample.
 
 The residual layout (two 3x3 convolutions with group normalisation and SiLU, attention in the
-middle) follows the autoencoder of Rombach et al. 2022; the symmetric decoder is Kim and Kim 2024.
+middle) follows the autoencoder of Rombach et al. 2022; the symmetric decoder is Kim and Kim 2024;
+the tiny encoder and decoder are those of TAESD (Ollin Boer Bohan, github madebyollin/taesd).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ def _norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=EPS)
 
 
-def _conv(in_channels: int, out_channels: int, kernel: int, **options: int) -> nn.Conv2d:
+def _conv(in_channels: int, out_channels: int, kernel: int, **options: Any) -> nn.Conv2d:
     """Make a convolution that keeps a signal's strength (He et al. 2015).
 
     PyTorch's own draw of the weights leaves a third of the variance behind each layer, and a
@@ -27,19 +29,26 @@ def _conv(in_channels: int, out_channels: int, kernel: int, **options: int) -> n
     """
     layer = nn.Conv2d(in_channels, out_channels, kernel, **options)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer
 
 
 class ResidualBlock(nn.Module):
-    """(B, in_channels, h, w) -> (B, out_channels, h, w)."""
+    """(B, in_channels, h, w) -> (B, out_channels, h, w).
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int = 32):
+    `padding` is what lies beyond the border, one of `nn.Conv2d`'s `padding_mode`s.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, groups: int = 32, padding: str = "zeros"
+    ):
         super().__init__()
+        options = {"padding": 1, "padding_mode": padding}
         self.norm1 = _norm(in_channels, groups)
-        self.conv1 = _conv(in_channels, out_channels, 3, padding=1)
+        self.conv1 = _conv(in_channels, out_channels, 3, **options)
         self.norm2 = _norm(out_channels, groups)
-        self.conv2 = _conv(out_channels, out_channels, 3, padding=1)
+        self.conv2 = _conv(out_channels, out_channels, 3, **options)
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else _conv(in_channels, out_channels, 1)
         nn.init.zeros_(self.conv2.weight)  # starts as the identity (or `skip`): trains faster
@@ -99,23 +108,28 @@ class Upsample(nn.Module):
 
 
 def _level(
-    in_channels: int, out_channels: int, blocks: int, attention: bool, groups: int
+    in_channels: int,
+    out_channels: int,
+    blocks: int,
+    attention: bool,
+    groups: int,
+    padding: str = "zeros",
 ) -> nn.Sequential:
     """`blocks` residual blocks, each followed by attention where asked."""
     layers: list[nn.Module] = []
     for i in range(blocks):
         before = in_channels if i == 0 else out_channels
-        layers.append(ResidualBlock(before, out_channels, groups))
+        layers.append(ResidualBlock(before, out_channels, groups, padding))
         if attention:
             layers.append(Attention(out_channels, groups))
     return nn.Sequential(*layers)
 
 
-def _middle(channels: int, groups: int) -> nn.Sequential:
+def _middle(channels: int, groups: int, padding: str = "zeros") -> nn.Sequential:
     return nn.Sequential(
-        ResidualBlock(channels, channels, groups),
+        ResidualBlock(channels, channels, groups, padding),
         Attention(channels, groups),
-        ResidualBlock(channels, channels, groups),
+        ResidualBlock(channels, channels, groups, padding),
     )
 
 
@@ -169,11 +183,7 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Encode images whose sides are multiples of `factor`; ValueError otherwise."""
-        if image.shape[-2] % self.factor or image.shape[-1] % self.factor:
-            raise ValueError(
-                f"the encoder takes sides that are multiples of {self.factor}, got "
-                f"{image.shape[-2]} x {image.shape[-1]}; crop or resize the image"
-            )
+        _check_sides(image, self.factor)
         h = self.stem(image)  # (B, channels, H, W)
         for i, level in enumerate(self.levels):
             h = level(h)
@@ -188,7 +198,8 @@ class SymmetricDecoder(nn.Module):
 
     Every level works at the latent's own resolution; neither the last normalisation nor the output
     convolution is there, so LIIF gets the narrowest level's `channels` channels.
-    Implements the symmetric decoder of Kim and Kim 2024. Parameters as in `Encoder`.
+    Implements the symmetric decoder of Kim and Kim 2024. Parameters as in `Encoder`; `padding` as
+    in `ResidualBlock`: zeros as published, which draw a frame into the images of a small decoder.
     """
 
     def __init__(
@@ -199,17 +210,18 @@ class SymmetricDecoder(nn.Module):
         latent_channels: int = 3,
         attention_levels: tuple[int, ...] = (),
         groups: int = 32,
+        padding: str = "zeros",
     ):
         super().__init__()
         widths = [channels * m for m in reversed(multipliers)]
         self.stem = nn.Sequential(
             _conv(latent_channels, latent_channels, 1),
-            _conv(latent_channels, widths[0], 3, padding=1),
+            _conv(latent_channels, widths[0], 3, padding=1, padding_mode=padding),
         )
-        self.middle = _middle(widths[0], groups)
+        self.middle = _middle(widths[0], groups, padding)
         last = len(widths) - 1
         self.levels = nn.ModuleList(
-            _level(before, width, blocks + 1, last - i in attention_levels, groups)
+            _level(before, width, blocks + 1, last - i in attention_levels, groups, padding)
             for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
 
@@ -250,6 +262,69 @@ class Decoder(SymmetricDecoder):
             if i < len(self.ups):
                 h = self.ups[i](h)  # (B, width, 2**(i+1) h, 2**(i+1) w)
         return self.conv(F.silu(self.norm(h)))
+
+
+class TinyBlock(nn.Module):
+    """Three 3x3 convolutions added to their input, (B, C, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        first, second, third = (_conv(channels, channels, 3, padding=1) for _ in range(3))
+        self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+        nn.init.zeros_(third.weight)  # starts as the identity: trains faster
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the block's correction, and cut below zero."""
+        return F.relu(self.conv(x) + x)
+
+
+class TinyEncoder(nn.Module):
+    """Image (B, 3, H, W) in [-1, 1] -> latent (B, c, H/8, W/8), by 3x3 convolutions alone.
+
+    TAESD's encoder: with its published weights (`compat.tiny_encoder`) the latent space is that
+    of Stable Diffusion's autoencoder.
+    """
+
+    factor = 8
+
+    def __init__(self, channels: int = 64, latent_channels: int = 4):
+        super().__init__()
+        layers: list[nn.Module] = [_conv(3, channels, 3, padding=1), TinyBlock(channels)]
+        for _ in range(3):
+            layers.append(_conv(channels, channels, 3, stride=2, padding=1, bias=False))
+            layers += [TinyBlock(channels) for _ in range(3)]
+        self.layers = nn.Sequential(*layers, _conv(channels, latent_channels, 3, padding=1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Encode images whose sides are multiples of 8; ValueError otherwise."""
+        _check_sides(image, self.factor)
+        return self.layers((image + 1) / 2)  # (B, c, H/8, W/8); the layers take [0, 1]
+
+
+class TinyDecoder(nn.Module):
+    """Latent (B, c, h, w) -> image (B, 3, 8h, 8w), about [-1, 1]: TAESD's up-sampling decoder."""
+
+    def __init__(self, channels: int = 64, latent_channels: int = 4):
+        super().__init__()
+        layers: list[nn.Module] = [_conv(latent_channels, channels, 3, padding=1), nn.ReLU()]
+        for _ in range(3):
+            layers += [TinyBlock(channels) for _ in range(3)]
+            layers.append(nn.Upsample(scale_factor=2))
+            layers.append(_conv(channels, channels, 3, padding=1, bias=False))
+        layers += [TinyBlock(channels), _conv(channels, 3, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Decode to the one size that the encoder came from."""
+        return 2 * self.layers(3 * torch.tanh(z / 3)) - 1  # far outliers are drawn in
+
+
+def _check_sides(image: Tensor, factor: int) -> None:
+    if image.shape[-2] % factor or image.shape[-1] % factor:
+        raise ValueError(
+            f"the encoder takes sides that are multiples of {factor}, got "
+            f"{image.shape[-2]} x {image.shape[-1]}; crop or resize the image"
+        )
 
 
 @dataclass(frozen=True)

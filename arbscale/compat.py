@@ -1,4 +1,4 @@
-"""Read published state dicts: the paper's released code, and CompVis' latent diffusion.
+"""Read published state dicts: the paper's released code, CompVis' latent diffusion, TAESD's.
 
 Each reader pairs every published layer with one of ours, and raises ValueError that lists what is
 missing and what is left over. The dictionaries are read with `torch.load(..., weights_only=True)`
@@ -7,11 +7,12 @@ or from safetensors by the caller; nothing here unpickles.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from arbscale.autoencoder import Encoder, SymmetricDecoder
+from arbscale.autoencoder import Encoder, SymmetricDecoder, TinyDecoder, TinyEncoder
 from arbscale.first_stage import FirstStage
 from arbscale.liif import LIIF
 from arbscale.unet import UNet
@@ -114,6 +115,28 @@ def unet_from_reference(config: dict, state: State) -> UNet:
         u["num_head_channels"],
     )
     return _load(unet, _unet_pairs(unet), _under(state, "model.diffusion_model."))
+
+
+def tiny_encoder(state: State) -> TinyEncoder:
+    """Build TAESD's encoder from its state dict; ValueError on what does not fit."""
+    return _load_tiny(TinyEncoder, "0.weight", 0, state)
+
+
+def tiny_decoder(state: State) -> TinyDecoder:
+    """Build TAESD's decoder from its state dict; ValueError on what does not fit."""
+    # Published, the decoder's first entry draws in outliers and has no weights.
+    state = {re.sub(r"^\d+", lambda n: str(int(n[0]) - 1), k): v for k, v in state.items()}
+    return _load_tiny(TinyDecoder, "0.weight", 1, state)
+
+
+def _load_tiny(kind: type, first: str, axis: int, state: State) -> nn.Module:
+    last = f"{max((int(k.partition('.')[0]) for k in state if k[0].isdigit()), default=0)}.weight"
+    if first not in state or last not in state:
+        raise ValueError("these are not TAESD's weights: no numbered layers; see its repository")
+    latent = state[first].shape[1] if axis else state[last].shape[0]
+    net = kind(state[first].shape[0], latent)
+    names = {k.rpartition(".")[0] for k in net.layers.state_dict()}
+    return _load(net, [(name, f"layers.{name}") for name in sorted(names)], state)
 
 
 def _encoder(dd: dict) -> Encoder:

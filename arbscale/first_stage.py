@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from arbscale.autoencoder import Encoder, GaussianPosterior, SymmetricDecoder
+from arbscale.autoencoder import Encoder, GaussianPosterior, SymmetricDecoder, TinyEncoder
 from arbscale.coords import Size, Window
-from arbscale.liif import LIIF
+from arbscale.liif import LIIF, InterpolatedLIIF
 
 
 class FirstStage(nn.Module):
@@ -17,7 +17,11 @@ class FirstStage(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder, decoder: SymmetricDecoder, liif: LIIF, posterior: bool = False
+        self,
+        encoder: Encoder | TinyEncoder,
+        decoder: SymmetricDecoder,
+        liif: LIIF | InterpolatedLIIF,
+        posterior: bool = False,
     ):
         super().__init__()
         self.encoder, self.decoder, self.liif = encoder, decoder, liif

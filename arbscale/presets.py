@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
-from arbscale.autoencoder import Decoder, Encoder, SymmetricDecoder
+from arbscale.autoencoder import Decoder, Encoder, SymmetricDecoder, TinyDecoder, TinyEncoder
 from arbscale.diffusion import NoiseSchedule
 from arbscale.first_stage import FirstStage
-from arbscale.liif import LIIF
+from arbscale.liif import LIIF, InterpolatedLIIF
 from arbscale.transformer import LatentTransformer
 from arbscale.unet import UNet
 from arbscale.uvit import TransformerDenoiser
 
+ENCODERS = ("residual", "tiny")
+HEADS = ("liif", "interpolated")
 DENOISERS = ("unet", "unet_transformer", "transformer")
 
 
@@ -35,6 +37,11 @@ class Preset:
     hidden: tuple[int, ...] = (256,) * 4  # LIIF's hidden layers
     local_ensemble: bool = True  # LIIF blends its four nearest latent pixels
     cell_decode: bool = True  # LIIF is told the pixel's extent
+    encoder: str = "residual"  # one of ENCODERS; "tiny" is TAESD's, with f = 8
+    tiny_channels: int = 64  # width of the tiny encoder, TAESD's own by default
+    head: str = "liif"  # one of HEADS
+    finer: int = 1  # the interpolated head's features a latent pixel, along each side
+    padding: str = "zeros"  # beyond the symmetric decoder's border: nn.Conv2d's padding_mode
     # denoiser
     unet_channels: int = 64  # width of the first level, at least 64
     unet_multipliers: tuple[int, ...] = (1, 2)  # width of each level
@@ -72,8 +79,11 @@ class Preset:
         """Refuse what no model can be trained with; ValueError says why."""
         if self.prediction not in ("eps", "v"):
             raise ValueError(f"prediction is 'eps' or 'v', got {self.prediction!r}")
-        if self.denoiser not in DENOISERS:
-            raise ValueError(f"denoiser is one of {', '.join(DENOISERS)}, got {self.denoiser!r}")
+        for field, known in (("denoiser", DENOISERS), ("encoder", ENCODERS), ("head", HEADS)):
+            if getattr(self, field) not in known:
+                raise ValueError(
+                    f"{field} is one of {', '.join(known)}, got {getattr(self, field)!r}"
+                )
         if min(self.merge, self.transformer_blocks) < 1:
             raise ValueError(
                 "merge and transformer_blocks are at least 1, got "
@@ -91,7 +101,7 @@ class Preset:
     @property
     def factor(self) -> int:
         """How many image pixels one latent pixel spans."""
-        return 2 ** (len(self.multipliers) - 1)
+        return 8 if self.encoder == "tiny" else 2 ** (len(self.multipliers) - 1)
 
     @property
     def latent_size(self) -> int:
@@ -104,12 +114,12 @@ class Preset:
 
     @classmethod
     def from_dict(cls, values: dict) -> Preset:
-        """Read what `to_dict` wrote; ValueError on unknown or missing fields."""
-        known = {f.name for f in fields(cls)}
-        if set(values) != known:
+        """Read what `to_dict` wrote, by default for missing fields; ValueError on unknown ones."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
             raise ValueError(
-                f"the preset does not fit this version: unknown {sorted(set(values) - known)}, "
-                f"missing {sorted(known - set(values))}; save the model again with this version"
+                f"the preset has the fields {unknown}, which this version does not know; update "
+                "arbscale"
             )
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -168,33 +178,35 @@ def scenes() -> Preset:
 
 
 def cats() -> Preset:
-    """Return a generator of cats' faces: 64 px, latent 16 x 16 x 4, targets to 256 px."""
+    """Return a generator of cats' faces: 128 px, TAESD's latents 16 x 16 x 4, targets to 256 px."""
     return Preset(
         name="cats",
-        channels=48,
-        multipliers=(1, 2, 2),
+        encoder="tiny",
+        channels=128,
+        multipliers=(1, 1),
         blocks=1,
         groups=8,
         latent_channels=4,
-        posterior=True,
+        padding="replicate",
+        head="interpolated",
+        finer=2,
         hidden=(96,) * 3,
         denoiser="unet_transformer",
         unet_multipliers=(1, 2, 4),
         unet_blocks=1,
-        unet_attention_levels=(2,),
+        unet_attention_levels=(1, 2),
         head_channels=64,
         transformer_width=256,
         merge=1,
-        image_size=64,
-        target_sizes=(32, 256),
+        image_size=128,
+        target_sizes=(64, 256),
         first_stage_batch=8,
         diffusion_batch=64,
         first_stage_lr=1e-3,
         diffusion_lr=1e-3,
         alignment_lr=2e-5,
-        kl_weight=1e-4,
         lpips_weight=0.25,
-        crop=40,
+        crop=64,
         prediction="v",
     )
 
@@ -345,8 +357,10 @@ def get(name: str) -> Preset:
     return PRESETS[name]()
 
 
-def build_encoder(preset: Preset) -> Encoder:
+def build_encoder(preset: Preset) -> Encoder | TinyEncoder:
     """Build an untrained encoder."""
+    if preset.encoder == "tiny":
+        return TinyEncoder(preset.tiny_channels, preset.latent_channels)
     return Encoder(
         preset.channels,
         preset.multipliers,
@@ -357,8 +371,10 @@ def build_encoder(preset: Preset) -> Encoder:
     )
 
 
-def build_decoder(preset: Preset) -> Decoder:
+def build_decoder(preset: Preset) -> Decoder | TinyDecoder:
     """Build the untrained up-sampling decoder that pre-trains the encoder."""
+    if preset.encoder == "tiny":
+        return TinyDecoder(preset.tiny_channels, preset.latent_channels)
     return Decoder(
         preset.channels,
         preset.multipliers,
@@ -376,10 +392,17 @@ def build_first_stage(preset: Preset) -> FirstStage:
         preset.blocks,
         preset.latent_channels,
         groups=preset.groups,
+        padding=preset.padding,
     )
+    return FirstStage(build_encoder(preset), decoder, build_head(preset), preset.posterior)
+
+
+def build_head(preset: Preset) -> LIIF | InterpolatedLIIF:
+    """Build the untrained head that renders from the symmetric decoder's features."""
     width = preset.channels * preset.multipliers[0]
-    liif = LIIF(width, preset.hidden, preset.local_ensemble, preset.cell_decode)
-    return FirstStage(build_encoder(preset), decoder, liif, preset.posterior)
+    if preset.head == "interpolated":
+        return InterpolatedLIIF(width, preset.hidden, preset.cell_decode, preset.finer)
+    return LIIF(width, preset.hidden, preset.local_ensemble, preset.cell_decode)
 
 
 def build_denoiser(preset: Preset) -> UNet | TransformerDenoiser:

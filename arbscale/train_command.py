@@ -13,8 +13,10 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from safetensors.torch import load_file
 
-from arbscale import checkpoints, presets, training, weights
+from arbscale import checkpoints, compat, presets, training, weights
+from arbscale.autoencoder import TinyEncoder
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset
 from arbscale.runlog import read_summary
@@ -40,6 +42,9 @@ class TrainOptions:
     seed: int = 0  # decides everything
     joint: bool = False  # the decoder's stage trains the encoder along
     start: str | None = None  # go on from this model: a name or a folder
+    teacher: Path | None = None
+    """TAESD's encoder, a safetensors file: a tiny encoder takes its weights, or learns its latents
+    in as many steps as the first stage has"""
     max_weight: float | None = None  # clamp of the alignment's image term
     pool: int | None = None  # pictures encoded for the diffusion; 8192 unless given
     parts: tuple[float, float, float] | None = None
@@ -162,6 +167,14 @@ def _stages(model: ArbitraryScaleModel, source: training.Source, options: TrainO
     """Train stage by stage; yield each one's name and losses."""
     run, seed = options.run, options.seed
     autoencoder, decoder, diffusion, alignment = options.steps
+    if autoencoder and options.teacher:
+        encoder, teacher = model.first_stage.encoder, _teacher(options).to(model.device)
+        preset = model.preset
+        yield (
+            "student",
+            training.distil_encoder(encoder, teacher, source, preset, autoencoder, seed, run),
+        )
+        autoencoder = 0
     if autoencoder or decoder:
         yield (
             "first stage",
@@ -181,18 +194,33 @@ def _stages(model: ArbitraryScaleModel, source: training.Source, options: TrainO
 
 def _model(options: TrainOptions) -> ArbitraryScaleModel:
     """Build the model, with the weights that it starts from."""
-    if not options.start:
-        return ArbitraryScaleModel(options.preset)
-    begun = ArbitraryScaleModel.load(options.start)
-    model = ArbitraryScaleModel(options.preset, begun.scale_factor, begun.manifest)
+    model = ArbitraryScaleModel(options.preset)
+    encoder = model.first_stage.encoder
+    fresh = encoder.state_dict() if options.teacher and options.steps[0] else {}
+    if options.start:
+        begun = ArbitraryScaleModel.load(options.start)
+        model.scale_factor, model.manifest = begun.scale_factor, begun.manifest
+        student = {f"first_stage.encoder.{name}": tensor for name, tensor in fresh.items()}
+        _fit(model, {**begun.state_dict(), **student}, options.start)
+    if options.teacher and not fresh:
+        _fit(encoder, _teacher(options).state_dict(), options.teacher)
+    return model
+
+
+def _fit(module: torch.nn.Module, state: dict[str, torch.Tensor], origin: str | Path) -> None:
     try:
-        model.load_state_dict(begun.state_dict())
+        module.load_state_dict(state)
     except RuntimeError:
         raise ValueError(
-            f"the weights of {options.start} do not fit the changed preset; change only numbers of "
-            "the training, not of the network"
+            f"the weights of {origin} do not fit the preset; change only numbers of the training, "
+            "not of the network"
         ) from None
-    return model
+
+
+def _teacher(options: TrainOptions) -> TinyEncoder:
+    if options.preset.encoder != "tiny":
+        raise ValueError(f"only a tiny encoder has a teacher; {options.preset.name} has none")
+    return compat.tiny_encoder(load_file(options.teacher))
 
 
 def _source(options: TrainOptions, preset: Preset) -> training.Source:
@@ -224,10 +252,21 @@ def _claim(folder: Path, options: TrainOptions) -> None:
         )
     if begun and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))["options"]
-        kept = ("data", "seed", "joint", "start", "pool", "parts", "subset", "whole", "larger")
-        changed = [k for k in kept if before[k] != now[k]]
+        kept = (
+            "data",
+            "seed",
+            "joint",
+            "start",
+            "teacher",
+            "pool",
+            "parts",
+            "subset",
+            "whole",
+            "larger",
+        )
+        changed = [k for k in kept if before.get(k) != now[k]]
         if changed:
-            listed = ", ".join(f"{k} was {before[k]} and is {now[k]}" for k in changed)
+            listed = ", ".join(f"{k} was {before.get(k)} and is {now[k]}" for k in changed)
             raise ValueError(f"{folder} was begun with other options: {listed}")
     folder.mkdir(parents=True, exist_ok=True)
     config = {

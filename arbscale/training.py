@@ -1,5 +1,7 @@
 """Training in four stages: autoencoder, LIIF decoder, diffusion, alignment.
 
+In place of the autoencoder, an encoder may learn the latents of a published one.
+
 Each stage is a function that returns its losses, one a step, and trains in place; the loop is in
 `trainer.py`, and its `Run` says where, how precisely and how often it saves. The seed decides
 everything: initial weights are drawn by the caller, batches, times and noise by the step.
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from arbscale import latents
-from arbscale.autoencoder import Decoder, Encoder, GaussianPosterior
+from arbscale.autoencoder import Decoder, Encoder, GaussianPosterior, TinyDecoder, TinyEncoder
 from arbscale.coords import cell, grid
 from arbscale.diffusion import alignment_loss, denoising_loss
 from arbscale.first_stage import FirstStage
@@ -49,6 +51,7 @@ __all__ = [
     "finetune_alignment",
     "photo_source",
     "scene_source",
+    "distil_encoder",
     "train_autoencoder",
     "train_decoder",
     "train_diffusion",
@@ -61,8 +64,8 @@ POINTS = 1024  # of each target, where LIIF is compared with the truth
 
 
 def train_autoencoder(
-    encoder: Encoder,
-    decoder: Decoder,
+    encoder: Encoder | TinyEncoder,
+    decoder: Decoder | TinyDecoder,
     source: Source,
     preset: Preset,
     steps: int,
@@ -76,6 +79,19 @@ def train_autoencoder(
     """
     stage = AutoencoderStage(encoder, decoder, source, preset)
     return optimise(stage, steps, seed, run)
+
+
+def distil_encoder(
+    encoder: TinyEncoder,
+    teacher: TinyEncoder,
+    source: Source,
+    preset: Preset,
+    steps: int,
+    seed: int = 0,
+    run: Run | None = None,
+) -> list[float]:
+    """Train an encoder to give the same latents (B, c, h, w) as its frozen teacher, by L1."""
+    return optimise(StudentStage(encoder, teacher, source, preset), steps, seed, run)
 
 
 def train_decoder(
@@ -190,6 +206,29 @@ class AutoencoderStage(Stage):
         rgb = self.decoder(moments[:, : self.preset.latent_channels]).clamp(-1, 1)
         pairs = zip(image, rgb.float().cpu(), strict=True)
         return [(p, label) for a, b in pairs for p, label in ((a, "original"), (b, "decoded"))]
+
+
+class StudentStage(Stage):
+    """An encoder learns the latents of another one."""
+
+    name, unit = "student", "images"
+
+    def __init__(self, encoder: TinyEncoder, teacher: TinyEncoder, source: Source, preset: Preset):
+        super().__init__()
+        self.encoder, self.teacher = encoder.requires_grad_(True), teacher.requires_grad_(False)
+        self.source, self.preset = source, preset
+        self.batch, self.lr = preset.first_stage_batch, preset.first_stage_lr
+
+    def draw(self, generator: torch.Generator, part: slice) -> dict[str, Tensor]:
+        """Return images."""
+        batch = _look(self.source, self.batch, generator, part)
+        return {"image": batch.image(self.preset.image_size)}
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the L1 error of the latents."""
+        with torch.no_grad():
+            z = self.teacher(image)
+        return F.l1_loss(self.encoder(image), z)
 
 
 class DecoderStage(Stage):
