@@ -121,6 +121,17 @@ class PhotoSource:
         crops = [self._crop(picks[i], side, seeds[i]) for i in range(n)[part or slice(None)]]
         return PhotoBatch(torch.stack(crops))
 
+    @cached_property
+    def count(self) -> int | None:
+        """How many pictures there are to draw, mirror images included; None where crops vary."""
+        whole = {*self.sides} == {*self.images[0].shape[-2:]} and self.sides[0] == self.sides[1]
+        return 2 * len(self.images) if whole else None
+
+    def pick(self, numbers: Sequence[int]) -> PhotoBatch:
+        """Return pictures by number, below `count`: each picture, then its mirror image."""
+        images = [(self.images[n // 2], n % 2) for n in numbers]
+        return PhotoBatch(torch.stack([x.flip(-1) if mirrored else x for x, mirrored in images]))
+
     def _crop(self, index: int, side: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         crop = random_crop(self.images[index], side, generator)

@@ -46,7 +46,7 @@ class TrainOptions:
     """TAESD's encoder, a safetensors file: a tiny encoder takes its weights, or learns its latents
     in as many steps as the first stage has"""
     max_weight: float | None = None  # clamp of the alignment's image term
-    pool: int | None = None  # pictures encoded for the diffusion; 8192 unless given
+    pool: int | None = None  # pictures encoded for the diffusion; all whole ones, or 8192 crops
     parts: tuple[float, float, float] | None = None
     """split a folder in train, val and test: counts, or fractions"""
     subset: int | None = None  # take this many pictures of the training split
@@ -183,8 +183,8 @@ def _stages(model: ArbitraryScaleModel, source: training.Source, options: TrainO
             ),
         )
     if diffusion:
-        pool = options.pool or training.POOL
-        yield "diffusion", training.train_diffusion(model, source, diffusion, seed, pool, run)
+        losses = training.train_diffusion(model, source, diffusion, seed, options.pool, run)
+        yield "diffusion", losses
     if alignment:
         losses = training.finetune_alignment(
             model, source, alignment, seed, options.max_weight, run

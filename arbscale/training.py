@@ -147,10 +147,11 @@ def train_diffusion(
 ) -> list[float]:
     """Train the denoiser on latents of the frozen first stage, by the denoising loss, with EMA.
 
-    `pool` pictures (`POOL` by default) are encoded once and drawn from; a run with a folder keeps
-    them there. Sets `model.scale_factor`; the averaged weights end up in the model.
+    `pool` pictures are encoded once and drawn from; by default all that the source has with their
+    mirror images, or `POOL` where its crops vary. A run with a folder keeps the latents there. Sets
+    `model.scale_factor`; the averaged weights end up in the model.
     """
-    stage = DiffusionStage(model, source, pool or POOL)
+    stage = DiffusionStage(model, source, pool)
     losses = optimise(stage, steps, seed, run)
     model.scale_factor = stage.scale_factor.item()
     return losses
@@ -350,9 +351,10 @@ class DiffusionStage(_DenoiserStage):
 
     name = "diffusion"
 
-    def __init__(self, model: ArbitraryScaleModel, source: Source, pool: int):
+    def __init__(self, model: ArbitraryScaleModel, source: Source, pool: int | None):
         super().__init__(model, source)
-        self.pool = pool
+        self.count = None if pool else getattr(source, "count", None)
+        self.pool = pool or self.count or POOL
         self.batch, self.lr = self.preset.diffusion_batch, self.preset.diffusion_lr
 
     def prepare(self, run: Run, accelerator: Any, seed: int) -> None:
@@ -363,6 +365,7 @@ class DiffusionStage(_DenoiserStage):
         with accelerator.main_process_first():
             if folder and identity:
                 shape = [self.preset.image_size, self.preset.low_size]
+                shape += [self.count] if self.count else []
                 key = latents.fingerprint(encoder, identity, self.pool, seed, shape)
                 self.latents = latents.cached(folder, key, self.pool, lambda: self._parts(seed))
             else:
@@ -374,8 +377,11 @@ class DiffusionStage(_DenoiserStage):
     def _parts(self, seed: int) -> Iterator[tuple[Tensor, ...]]:
         """Encode the pool, 64 pictures at a time: unscaled latents and conditions."""
         for start in trange(0, self.pool, 64, desc="encoding", unit="batch"):
-            generator = step_generator(seed, "pool", start)
-            batch = self.source(min(64, self.pool - start), generator)
+            numbers = range(start, min(start + 64, self.pool))
+            if self.count:
+                batch = self.source.pick(numbers)
+            else:
+                batch = self.source(len(numbers), step_generator(seed, "pool", start))
             image, low = _with_low(batch, self.preset)
             yield tuple(z.cpu() for z in _encode(self.model, image, low))
 
