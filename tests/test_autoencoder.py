@@ -12,6 +12,8 @@ from arbscale.autoencoder import (
     GaussianPosterior,
     ResidualBlock,
     SymmetricDecoder,
+    TinyDecoder,
+    TinyEncoder,
 )
 
 
@@ -212,3 +214,25 @@ def test_signals_are_as_strong_at_the_end_as_at_the_beginning():
     z = encoder(noise(4, 3, 32, 32))
     assert 0.3 < z.std() < 2
     assert 0.3 < decoder(z / z.std()).std() < 3
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 40), (24, 8)], ids=str)
+@torch.no_grad()
+def test_tiny_nets_take_any_multiple_of_eight(size):
+    z = TinyEncoder(16, 5)(noise(2, 3, *size))
+    assert z.shape == (2, 5, size[0] // 8, size[1] // 8)
+    assert TinyDecoder(16, 5)(z).shape == (2, 3, *size)
+
+
+def test_the_tiny_encoder_refuses_other_sides():
+    with pytest.raises(ValueError, match="12 x 16"):
+        TinyEncoder(16)(noise(1, 3, 12, 16))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "replicate", "reflect"])
+@torch.no_grad()
+def test_padding_decides_whether_a_flat_latent_has_a_frame(mode):
+    decoder = awake(SymmetricDecoder(32, (1, 2), 1, 3, padding=mode))
+    features = decoder(torch.ones(1, 3, 6, 7))
+    spread = (features - features[..., 3:4, 3:4]).abs().max().item()
+    assert (spread > 0.01) == (mode == "zeros")

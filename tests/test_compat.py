@@ -2,15 +2,20 @@
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from arbscale import compat
+from arbscale.autoencoder import TinyEncoder
+from arbscale.data import sample_photos
 
 GOLDEN = Path(__file__).parent / "golden"
+TAESD = Path(os.environ.get("ARBSCALE_WEIGHTS", "")).expanduser() / "taesd"
 
 
 def read(name: str):
@@ -210,3 +215,48 @@ def test_attention_by_factor_and_by_size(golden):
     sizes = [config["ddconfig"]["resolution"] // 2**i for i in range(len(encoder.levels))]
     with_attention = [any(hasattr(m, "q") for m in level) for level in encoder.levels]
     assert with_attention == [s in config["ddconfig"]["attn_resolutions"] for s in sizes]
+
+
+@torch.no_grad()
+def test_the_tiny_nets_are_diffusers():
+    """The same random weights give the same latents and images as `AutoencoderTiny`."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    theirs = AutoencoderTiny()
+    encoder = compat.tiny_encoder(published(theirs.encoder.layers))
+    shifted = {
+        f"{int(k.split('.')[0]) + 1}.{k.split('.', 1)[1]}": v  # published with a clamp first
+        for k, v in theirs.decoder.layers.state_dict().items()
+    }
+    decoder = compat.tiny_decoder(shifted)
+    image = torch.rand(2, 3, 32, 40) * 2 - 1
+    z = theirs.encode(image).latents
+    torch.testing.assert_close(encoder(image), z, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(decoder(3 * z), theirs.decode(3 * z).sample, atol=1e-5, rtol=1e-4)
+
+
+def published(layers: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict(layers.state_dict())
+
+
+def test_weights_that_are_not_taesds_are_refused():
+    with pytest.raises(ValueError, match="not TAESD"):
+        compat.tiny_encoder({"encoder.conv_in.weight": torch.zeros(4, 3, 3, 3)})
+    state = published(TinyEncoder(8, 4).layers)
+    with pytest.raises(ValueError, match=r"7\.conv\.2\.bias"):
+        compat.tiny_encoder({k: v for k, v in state.items() if k != "7.conv.2.bias"})
+    with pytest.raises(ValueError, match="extra"):
+        compat.tiny_encoder(state | {"extra.weight": torch.zeros(1)})
+
+
+@pytest.mark.skipif(not TAESD.is_dir(), reason="ARBSCALE_WEIGHTS names no folder with taesd/")
+@pytest.mark.parametrize(("kind", "least"), [("taesd", 22), ("taesd3", 25)])
+@torch.no_grad()
+def test_published_taesd_gives_an_image_back(kind, least):
+    encoder = compat.tiny_encoder(load_file(TAESD / f"{kind}_encoder.safetensors"))
+    decoder = compat.tiny_decoder(load_file(TAESD / f"{kind}_decoder.safetensors"))
+    image = sample_photos()["cat"][None, :, :296, :448]
+    error = (decoder(encoder(image)).clamp(-1, 1) - image).square().mean()
+    psnr = 10 * torch.log10(4 / error)
+    assert psnr > least

@@ -105,11 +105,43 @@ def test_an_unknown_name_lists_the_known():
         presets.get("big")
 
 
-def test_fields_of_another_version_are_named():
+def test_a_field_that_is_missing_takes_its_default():
     values = presets.tiny().to_dict()
-    del values["hidden"]
-    with pytest.raises(ValueError, match=r"unknown \['depth'\], missing \['hidden'\]"):
-        Preset.from_dict(values | {"depth": 3})
+    del values["head"], values["noise_level"]
+    assert Preset.from_dict(values) == dataclasses.replace(presets.tiny(), noise_level=1.0)
+
+
+def test_a_field_that_is_unknown_is_named():
+    with pytest.raises(ValueError, match="depth"):
+        Preset.from_dict(presets.tiny().to_dict() | {"depth": 3})
+
+
+@pytest.mark.parametrize("field", ["encoder", "head", "denoiser"])
+def test_a_part_that_is_unknown_is_named(field):
+    with pytest.raises(ValueError, match="sparse"):
+        dataclasses.replace(presets.tiny(), **{field: "sparse"})
+
+
+def test_the_options_of_the_tiny_encoder_and_the_interpolated_head_arrive():
+    options = {"encoder": "tiny", "tiny_channels": 16, "head": "interpolated", "finer": 3}
+    preset = dataclasses.replace(presets.tiny(), **options, padding="reflect")
+    first_stage = presets.build_first_stage(preset)
+    assert preset.factor == first_stage.factor == 8
+    assert first_stage.encoder.layers[0].out_channels == 16 and first_stage.liif.finer == 3
+    kernels = [m for m in first_stage.decoder.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert {m.padding_mode for m in kernels if m.kernel_size == (3, 3)} == {"reflect"}
+    with torch.no_grad():
+        z = first_stage.encode(torch.zeros(1, 3, 16, 24))
+        assert first_stage.decode(z, (5, 7)).shape == (1, 3, 5, 7)
+        assert presets.build_decoder(preset)(z).shape == (1, 3, 16, 24)
+
+
+def test_the_cats_are_within_their_bounds():
+    preset = presets.cats()
+    assert millions(presets.build_denoiser, preset) <= 13
+    student = dataclasses.replace(preset, tiny_channels=48)
+    both = [millions(b, student) for b in (presets.build_first_stage, presets.build_denoiser)]
+    assert 2 * sum(both) <= 30, "megabytes in half precision"
 
 
 def test_a_preset_is_frozen():
