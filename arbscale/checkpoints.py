@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from arbscale.weights import sha256
+from arbscale.store import sha256
 
 STATE, RECORD = "state.safetensors", "record.json"
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from arbscale import checkpoints, presets, training, weights
+from arbscale import checkpoints, presets, store, training
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset
 from arbscale.runlog import read_summary
@@ -71,7 +71,7 @@ def parse(words: list[str]) -> TrainOptions:
     name, *options = words
     parsed = _read(options, presets.get(name))
     if parsed.start:  # its own numbers are what the options change
-        manifest = weights.read_manifest(weights.find(parsed.start))
+        manifest = store.read_manifest(store.find(parsed.start))
         parsed = _read(options, Preset.from_dict(manifest["preset"]))
     if parsed.run.folder in (None, FOLDER):
         run = replace(parsed.run, folder=FOLDER.with_name(parsed.output.name))

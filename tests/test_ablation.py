@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from arbscale import ArbitraryScaleModel, ablation, presets, reports, training, weights
+from arbscale import ArbitraryScaleModel, ablation, presets, reports, store, training
 from arbscale.__main__ import main
 from arbscale.ablation import COMPARISONS, CONTESTANTS, Settings, cost, held_out_loss
 from arbscale.diffusion import denoising_loss
@@ -30,7 +30,7 @@ def costs(data):
 
 @pytest.mark.parametrize("name", ["scenes", "photos-tiny"])
 def test_the_presets_denoiser_is_the_winner_and_the_shipped_weights_are_of_the_first(name):
-    shipped = presets.Preset.from_dict(weights.read_manifest(weights.find(name))["preset"])
+    shipped = presets.Preset.from_dict(store.read_manifest(store.find(name))["preset"])
     for preset, contestant in ((shipped, "unet"), (presets.get(name), "unet_transformer")):
         with torch.device("meta"):
             same = dataclasses.replace(preset, **CONTESTANTS[contestant])
@@ -93,7 +93,7 @@ def test_held_out_loss_is_the_mean_over_all_pictures():
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """Put miniature models and a few cats where the real ones are looked for."""
-    monkeypatch.setattr(weights, "SHIPPED", (tmp_path / "models",))
+    monkeypatch.setattr(store, "SHIPPED", (tmp_path / "models",))
     monkeypatch.setenv("ARBSCALE_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("ARBSCALE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(ablation, "SAMPLING_STEPS", 2)

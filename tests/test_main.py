@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from arbscale import ArbitraryScaleModel, features, generation, metrics, presets, weights
+from arbscale import ArbitraryScaleModel, features, generation, metrics, presets, store
 from arbscale.__main__ import main
 
 
@@ -28,7 +28,7 @@ def models(tmp_path_factory):
 @pytest.fixture
 def run(models, monkeypatch, tmp_path, capsys):
     """Return a function that runs a command and gives its status and its last error line."""
-    monkeypatch.setattr(weights, "SHIPPED", (models,))
+    monkeypatch.setattr(store, "SHIPPED", (models,))
     monkeypatch.chdir(tmp_path)
 
     def call(*words):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from arbscale import ArbitraryScaleModel, data, presets, train_command, training, weights
+from arbscale import ArbitraryScaleModel, data, presets, store, train_command, training
 from arbscale.__main__ import main
 from arbscale.runlog import read_log, read_summary
 from arbscale.train_command import parse
@@ -63,8 +63,8 @@ def test_the_script_of_the_shipped_models_trains_on_from_what_it_wrote(
     paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ARBSCALE_DATA": str(tmp_path / "data")}
     subprocess.run(["bash", script, family], env=paths | {"SCALE": "3"}, check=True)
     begun = {"preset": presets.get(family).to_dict()}
-    monkeypatch.setattr(weights, "find", lambda name: name)
-    monkeypatch.setattr(weights, "read_manifest", lambda folder: begun)
+    monkeypatch.setattr(store, "find", lambda name: name)
+    monkeypatch.setattr(store, "read_manifest", lambda folder: begun)
     stages, written, folders = [0] * 4, [None], set()
     for line in (tmp_path / "python3.log").read_text().splitlines():
         options = parse(line.split(" arbscale train ")[1].split())
@@ -147,7 +147,7 @@ def test_the_run_folder_and_the_weights(run, tmp_path):
     assert config["options"]["run"]["log_every"] == 1 and config["torch"]
     assert set(read_summary(folder)) == {"autoencoder", "decoder", "diffusion", "alignment"}
     assert len(read_log(folder)) == 8
-    manifest = weights.read_manifest(tmp_path / "mine")
+    manifest = store.read_manifest(tmp_path / "mine")
     assert set(manifest["losses"]) == {"first stage", "diffusion", "alignment"}
     status, line = run("small --pool 8 --steps 2 2 2 2 -o mine")
     assert status == 2 and "already holds a run; add --resume" in line

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import arbscale
-from arbscale import presets, weights
+from arbscale import presets, store
 from arbscale.model import ArbitraryScaleModel
 
 PRESET = {"preset": {"name": "any"}}
@@ -23,28 +23,28 @@ def state():
 
 @pytest.fixture
 def folder(tmp_path, state):
-    weights.save(tmp_path / "model", state, PRESET)
+    store.save(tmp_path / "model", state, PRESET)
     return tmp_path / "model"
 
 
 def edit(folder, change):
     """Change the manifest in place."""
-    path = folder / weights.MANIFEST
+    path = folder / store.MANIFEST
     manifest = json.loads(path.read_text())
     change(manifest)
     path.write_text(json.dumps(manifest))
 
 
 def test_round_trip_is_exact(folder, state):
-    back, manifest = weights.load(folder)
+    back, manifest = store.load(folder)
     assert set(back) == set(state)
     assert all(torch.equal(back[k], state[k]) for k in state)
     assert manifest["preset"] == PRESET["preset"] and manifest["format"] == 1
 
 
 def test_half_is_half_the_size_and_comes_back_as_float32(tmp_path, folder, state):
-    weights.save(tmp_path / "half", state, PRESET, half=True)
-    back, _ = weights.load(tmp_path / "half")
+    store.save(tmp_path / "half", state, PRESET, half=True)
+    back, _ = store.load(tmp_path / "half")
     assert all(t.dtype == torch.float32 for t in back.values())
     assert all(torch.equal(back[k], state[k].half().float()) for k in state)
     sizes = [(d / "weights-00000.safetensors").stat().st_size for d in (folder, tmp_path / "half")]
@@ -52,10 +52,10 @@ def test_half_is_half_the_size_and_comes_back_as_float32(tmp_path, folder, state
 
 
 def test_shards(tmp_path, state, monkeypatch):
-    monkeypatch.setattr(weights, "SHARD_BYTES", 450)  # two tensors of 200 bytes
-    weights.save(tmp_path, state, PRESET)
+    monkeypatch.setattr(store, "SHARD_BYTES", 450)  # two tensors of 200 bytes
+    store.save(tmp_path, state, PRESET)
     assert len(list(tmp_path.glob("weights-*.safetensors"))) == 2
-    back, manifest = weights.load(tmp_path)
+    back, manifest = store.load(tmp_path)
     assert all(torch.equal(back[k], state[k]) for k in state)
     assert [f["name"] for f in manifest["files"]] == [
         "weights-00000.safetensors", "weights-00001.safetensors",
@@ -63,17 +63,17 @@ def test_shards(tmp_path, state, monkeypatch):
 
 
 def test_a_tensor_larger_than_a_shard_has_one_for_itself(tmp_path, state, monkeypatch):
-    monkeypatch.setattr(weights, "SHARD_BYTES", 100)
-    weights.save(tmp_path, state, PRESET)
+    monkeypatch.setattr(store, "SHARD_BYTES", 100)
+    store.save(tmp_path, state, PRESET)
     assert len(list(tmp_path.glob("weights-*.safetensors"))) == 4
-    assert len(weights.load(tmp_path)[0]) == 4
+    assert len(store.load(tmp_path)[0]) == 4
 
 
 def test_saving_again_leaves_no_old_shard(tmp_path, state, monkeypatch):
-    monkeypatch.setattr(weights, "SHARD_BYTES", 100)
-    weights.save(tmp_path, state, PRESET)
+    monkeypatch.setattr(store, "SHARD_BYTES", 100)
+    store.save(tmp_path, state, PRESET)
     monkeypatch.undo()
-    weights.save(tmp_path, state, PRESET)
+    store.save(tmp_path, state, PRESET)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "manifest.json", "weights-00000.safetensors",
     ]  # fmt: skip
@@ -81,8 +81,8 @@ def test_saving_again_leaves_no_old_shard(tmp_path, state, monkeypatch):
 
 def test_views_and_gradients_can_be_saved(tmp_path):
     base = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
-    weights.save(tmp_path, {"a": base, "b": base.T}, PRESET)
-    assert torch.equal(weights.load(tmp_path)[0]["b"], base.detach().T)
+    store.save(tmp_path, {"a": base, "b": base.T}, PRESET)
+    assert torch.equal(store.load(tmp_path)[0]["b"], base.detach().T)
 
 
 # Errors -------------------------------------------------------------------------------------------
@@ -94,26 +94,26 @@ def test_an_altered_file(folder):
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="SHA-256; fetch it again"):
-        weights.load(folder)
+        store.load(folder)
 
 
 def test_a_truncated_file(folder):
     path = folder / "weights-00000.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="has 100 bytes, .* truncated download .* fetch it again"):
-        weights.load(folder)
+        store.load(folder)
 
 
 def test_a_missing_file(folder):
     (folder / "weights-00000.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="named in the manifest but missing; fetch"):
-        weights.load(folder)
+        store.load(folder)
 
 
 def test_an_unknown_name(tmp_path):
     for wrong in ("no-such-model", tmp_path):
         with pytest.raises(FileNotFoundError, match="train one with `python -m arbscale train`"):
-            weights.find(wrong)
+            store.find(wrong)
     with pytest.raises(
         FileNotFoundError, match="no model 'no-such-model'.*photos, photos-tiny, scenes"
     ):
@@ -122,22 +122,22 @@ def test_an_unknown_name(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"format": 2}', '{"format": 1}'])
 def test_a_damaged_manifest(folder, text):
-    (folder / weights.MANIFEST).write_text(text)
+    (folder / store.MANIFEST).write_text(text)
     with pytest.raises(ValueError, match="damaged or of another version; fetch or save"):
-        weights.load(folder)
+        store.load(folder)
 
 
 def test_a_manifest_that_is_no_text(folder):
-    (folder / weights.MANIFEST).write_bytes(b"\xff\xfe\x00")
+    (folder / store.MANIFEST).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="damaged"):
-        weights.load(folder)
+        store.load(folder)
 
 
 @pytest.mark.parametrize("field", ["name", "sha256", "bytes"])
 def test_a_manifest_whose_files_are_half_described(folder, field):
     edit(folder, lambda m: m["files"][0].pop(field))
     with pytest.raises(ValueError, match="damaged"):
-        weights.load(folder)
+        store.load(folder)
 
 
 # A whole model ------------------------------------------------------------------------------------
@@ -177,14 +177,14 @@ def test_a_path_may_be_text_and_relative(model_folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["cats", "scenes", "photos", "photos-tiny"])
 def test_what_ships_can_be_loaded(name):
-    assert name in weights.shipped()
+    assert name in store.shipped()
     model = arbscale.load(name)
     assert model.preset.name == name and not model.training
 
 
 def test_shards_fit_a_repository():
-    for name in weights.shipped():
-        for file in weights.read_manifest(weights.find(name))["files"]:
+    for name in store.shipped():
+        for file in store.read_manifest(store.find(name))["files"]:
             assert file["bytes"] < 16_000_000
 
 
