@@ -11,8 +11,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from arbscale.autoencoder import Encoder, SymmetricDecoder
-from arbscale.first_stage import FirstStage
+from arbscale.autoencoder import Encoder, FirstStage, SymmetricDecoder
 from arbscale.liif import LIIF
 from arbscale.unet import UNet
 

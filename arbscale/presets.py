@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
-from arbscale.autoencoder import Decoder, Encoder, SymmetricDecoder
+from arbscale.autoencoder import Decoder, Encoder, FirstStage, SymmetricDecoder
 from arbscale.diffusion import NoiseSchedule
-from arbscale.first_stage import FirstStage
 from arbscale.liif import LIIF
-from arbscale.transformer import LatentTransformer
+from arbscale.transformer import LatentTransformer, TransformerDenoiser
 from arbscale.unet import UNet
-from arbscale.uvit import TransformerDenoiser
 
 DENOISERS = ("unet", "unet_transformer", "transformer")
 

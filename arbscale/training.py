@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from arbscale import latents
-from arbscale.autoencoder import Decoder, Encoder, GaussianPosterior
+from arbscale.autoencoder import Decoder, Encoder, FirstStage, GaussianPosterior
 from arbscale.coords import cell, grid
 from arbscale.diffusion import alignment_loss, denoising_loss
-from arbscale.first_stage import FirstStage
 from arbscale.images import resize
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset, build_decoder

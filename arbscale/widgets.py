@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbscale.autoencoder import FirstStage
 from arbscale.coords import Size, Window, check_size, scaled_size
-from arbscale.first_stage import FirstStage
 from arbscale.images import to_pil
 
 BOX = 352  # side of the displayed box on the screen; resolution changes inside it
