@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from arbscale import bench as benchmark
 from arbscale import evaluation, reports
 from arbscale.coords import Size, check_size, scaled_size
-from arbscale.images import load_image, resize, to_pil
+from arbscale.data import load_image, resize, to_pil
 from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.resume import Partial
 
@@ -224,8 +224,8 @@ def train(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Read every picture below a folder; print what is used, converted, skipped, and why."""
-    from arbscale.check import check_folder, splits
     from arbscale.data import find_folder
+    from arbscale.data.check import check_folder, splits
 
     root = find_folder(args.folder)
     report = check_folder(root)
@@ -239,8 +239,8 @@ def check(args: argparse.Namespace) -> None:
 
 def download(args: argparse.Namespace) -> None:
     """Fetch DIV2K or AFHQ's cats; what an earlier call left unfinished is gone on with."""
-    from arbscale import download as downloads
     from arbscale.data import data_root
+    from arbscale.data import download as downloads
 
     for folder in downloads.download(args.name, args.output or data_root()):
         _print(f"{folder} is complete")

@@ -12,12 +12,10 @@ from tqdm.auto import tqdm
 
 from arbscale import metrics
 from arbscale.coords import Size, scaled_size
-from arbscale.data import ContinuousScenes
-from arbscale.images import resize
+from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
 from arbscale.model import ArbitraryScaleModel, back_project
 from arbscale.protocols import Protocol, eight_bits
 from arbscale.resume import Partial
-from arbscale.scenes import render_scenes, sample_scenes
 from arbscale.tiles import Tile
 
 Rows = dict[str, Tensor]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arbscale.images import resize, to_uint8
+from arbscale.data import resize, to_uint8
 
 ENCODER = "photos-tiny"
 """The shipped model whose encoder serves as an extractor, for every model that is measured."""

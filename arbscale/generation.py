@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from arbscale.coords import Size, Window
-from arbscale.data import ContinuousScenes
+from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
 from arbscale.distances import (
     FID_LEAST,
     NEIGHBOURS,
@@ -24,12 +24,10 @@ from arbscale.distances import (
 )
 from arbscale.evaluation import Sampling
 from arbscale.features import Extractor, extractor, reference_features
-from arbscale.images import resize
 from arbscale.metrics import self_ssim
 from arbscale.model import ArbitraryScaleModel
 from arbscale.protocols import centre_crop, eight_bits
 from arbscale.resume import Partial
-from arbscale.scenes import render_scenes, sample_scenes
 
 BATCH = 20  # pictures a piece of work: what an interruption costs at most
 LEAST = 2 * (NEIGHBOURS + 1)  # pictures: half of them must have their neighbours

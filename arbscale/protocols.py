@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from arbscale.coords import scaled_size
-from arbscale.images import low_high_pair, random_crop, resize, to_uint8
+from arbscale.data import low_high_pair, random_crop, resize, to_uint8
 
 
 @dataclass(frozen=True)

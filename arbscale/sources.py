@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from arbscale.coords import cell
-from arbscale.images import random_crop, resize
+from arbscale.data import Scenes, random_crop, render_scenes, resize, sample_scenes, scene_colors
 from arbscale.presets import Preset
-from arbscale.scenes import Scenes, render_scenes, sample_scenes, scene_colors
 
 
 class Batch(Protocol):

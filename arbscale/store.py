@@ -16,7 +16,7 @@ from torch import Tensor
 
 MANIFEST = "manifest.json"
 SHARD_BYTES = 15_000_000
-SHIPPED = (Path(__file__).parent / "data", Path(__file__).parent.parent / "data")
+SHIPPED = (Path(__file__).parent / "shipped", Path(__file__).parent.parent / "data")
 """Where trained weights are: inside an installed package, or beside it in a checkout."""
 
 

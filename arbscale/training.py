@@ -20,8 +20,8 @@ from tqdm.auto import trange
 from arbscale import latents
 from arbscale.autoencoder import Decoder, Encoder, FirstStage, GaussianPosterior
 from arbscale.coords import cell, grid
+from arbscale.data import resize
 from arbscale.diffusion import alignment_loss, denoising_loss
-from arbscale.images import resize
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset, build_decoder
 from arbscale.sources import (

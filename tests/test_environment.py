@@ -189,9 +189,10 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_the_wheel_carries_the_package_and_its_weights(wheel):
-    code = {f"arbscale/{path.name}" for path in (ROOT / "arbscale").glob("*.py")}
-    data = {f"arbscale/{path.relative_to(ROOT)}" for path in (ROOT / "data").rglob("*.*")}
-    wanted = (code | data) - {"arbscale/data/README.md"}
+    code = {str(path.relative_to(ROOT)) for path in (ROOT / "arbscale").rglob("*.py")}
+    data = ROOT / "data"
+    shipped = {f"arbscale/shipped/{path.relative_to(data)}" for path in data.rglob("*.*")}
+    wanted = (code | shipped) - {"arbscale/shipped/README.md"}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("arbscale/")}
     assert packed == wanted
 

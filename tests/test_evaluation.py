@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from arbscale import ArbitraryScaleModel, evaluation, metrics, presets
-from arbscale.data import ContinuousScenes
+from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
 from arbscale.evaluation import (
     HALF,
     OWN,
@@ -16,11 +16,9 @@ from arbscale.evaluation import (
     reconstruction_rows,
     upscaling_rows,
 )
-from arbscale.images import resize
 from arbscale.model import back_project
 from arbscale.protocols import PROTOCOLS, eight_bits
 from arbscale.resume import Partial
-from arbscale.scenes import render_scenes, sample_scenes
 
 WHOLE = PROTOCOLS["whole"]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from arbscale import ArbitraryScaleModel
-from arbscale.data import ContinuousScenes, ImageFolder, to_pil
+from arbscale.data import ContinuousScenes, ImageFolder, resize, to_pil
 from arbscale.features import (
     Extractor,
     backbone_file,
@@ -20,7 +20,6 @@ from arbscale.features import (
     fingerprint,
     reference_features,
 )
-from arbscale.images import resize
 
 WEIGHTS = Path(os.environ.get("ARBSCALE_WEIGHTS", "")).expanduser() / "alexnet_features.pth"
 needs_weights = pytest.mark.skipif(

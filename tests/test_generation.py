@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from arbscale import ArbitraryScaleModel, features, generation, presets
-from arbscale.data import ContinuousScenes
+from arbscale.data import ContinuousScenes, resize
 from arbscale.distances import frechet_distance, precision_recall
 from arbscale.evaluation import Sampling
 from arbscale.features import Extractor
 from arbscale.generation import CEILING, FLOOR, OURS, OWN, Job, RealPictures, evaluate_generation
-from arbscale.images import resize
 from arbscale.metrics import self_ssim
 from arbscale.resume import Partial
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from arbscale.images import to_pil, to_uint8
+from arbscale.data import to_pil, to_uint8
 from arbscale.protocols import PROTOCOLS, centre_crop, get_protocol
 
 

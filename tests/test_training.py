@@ -12,9 +12,8 @@ from torch.utils.data import ConcatDataset, Subset
 
 from arbscale import presets, training
 from arbscale.coords import grid
-from arbscale.data import ImageFolder
+from arbscale.data import ImageFolder, resize, to_pil
 from arbscale.diffusion import alignment_loss
-from arbscale.images import resize, to_pil
 from arbscale.metrics import lpips_is_there
 from arbscale.model import ArbitraryScaleModel
 from arbscale.trainer import make_accelerator

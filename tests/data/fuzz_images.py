@@ -1,4 +1,4 @@
-"""Feed mutated picture files to the readers: `python tests/fuzz_images.py --number 2000`.
+"""Feed mutated picture files to the readers: `python tests/data/fuzz_images.py --number 2000`.
 
 Case i of a seed is always the same file. Whatever it holds, `load_image` gives a picture or one of
 its two documented errors, `ImageFolder` goes on with what is readable, `check_file` says the
@@ -20,9 +20,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from arbscale.check import check_file
-from arbscale.folders import ImageFolder
-from arbscale.images import load_image
+from arbscale.data import ImageFolder, load_image
+from arbscale.data.check import check_file
 
 SECONDS = 60  # of one group of files; far above what any needs
 GROUP = 50

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from arbscale import coords
-from arbscale.scenes import Scenes, render_scenes, sample_scenes, scene_colors
+from arbscale.data import Scenes, render_scenes, sample_scenes, scene_colors
 
 
 def psnr(a, b):
@@ -89,7 +89,7 @@ def test_window_is_the_crop(monkeypatch):
     whole = render_scenes(scenes, (90, 131))
     window = render_scenes(scenes, (90, 131), window=(7, 100, 50, 31))
     torch.testing.assert_close(window, whole[:, :, 7:57, 100:], atol=1e-5, rtol=0)
-    monkeypatch.setattr("arbscale.scenes._POINTS", 1000)  # many blocks, one scene at a time
+    monkeypatch.setattr("arbscale.data.scenes._POINTS", 1000)  # many blocks, one scene at a time
     torch.testing.assert_close(render_scenes(scenes, (90, 131)), whole, atol=1e-5, rtol=0)
 
 

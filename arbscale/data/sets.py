@@ -4,7 +4,7 @@ A picture is a float32 tensor (3, H, W) in [-1, 1]. `open_dataset` opens one by 
 scenes and sample photographs need no download; DIV2K, AFHQ's cats and any folder are read by
 `folders.py`, which says what becomes of bad files; CelebA, LSUN and Flowers102 by torchvision. Any
 of them goes into `PatchDataset` and `PairDataset`. What is done to a single picture is in
-`images.py`; it and `ImageFolder` can be imported from here too.
+`images.py`.
 """
 
 from __future__ import annotations
@@ -19,27 +19,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from .coords import Size, check_size
-from .folders import SPLITS, ImageFolder, check_split, open_folder
-from .images import load_image, low_high_pair, random_crop, resize, to_pil, to_tensor
-from .scenes import render_scenes, sample_scenes
+from arbscale.coords import Size, check_size
+from arbscale.data.folders import SPLITS, check_split, open_folder
+from arbscale.data.images import load_image, low_high_pair, random_crop, to_tensor
+from arbscale.data.scenes import render_scenes, sample_scenes
 
 __all__ = [
     "ContinuousScenes",
-    "ImageFolder",
     "PairDataset",
     "PatchDataset",
     "TorchvisionPictures",
     "data_root",
     "find_folder",
-    "load_image",
-    "low_high_pair",
     "open_dataset",
-    "random_crop",
-    "resize",
     "sample_photos",
-    "to_pil",
-    "to_tensor",
 ]
 
 _SCENES_PER_SPLIT = 1 << 28

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from arbscale import data
-from arbscale import download as downloads
 from arbscale.__main__ import main
+from arbscale.data import download as downloads
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 OTHER = np.random.default_rng(1).bytes(300_000)
@@ -169,7 +169,7 @@ def test_a_killed_process_leaves_a_part_that_is_gone_on_with(fetch, server, tmp_
     released = threading.Event()
     original, Handler.do_GET = Handler.do_GET, stall
     code = (
-        "import sys; from pathlib import Path; from arbscale import download as d\n"
+        "import sys; from pathlib import Path; from arbscale.data import download as d\n"
         "d._CHUNK = 10_000; d.fetch(sys.argv[1], Path(sys.argv[2]), 300_000, sys.argv[3])"
     )
     path = tmp_path / "set.zip"

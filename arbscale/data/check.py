@@ -12,9 +12,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .coords import Size
-from .folders import SPLITS, open_folder, scan_folder
-from .images import decode, open_image, reason
+from arbscale.coords import Size
+from arbscale.data.folders import SPLITS, open_folder, scan_folder
+from arbscale.data.images import decode, open_image, reason
 
 SHOWN = 5  # names printed of each group
 _MODES = {

@@ -16,8 +16,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from . import coords as pixels
-from .coords import Size, Window
+from arbscale import coords as pixels
+from arbscale.coords import Size, Window
 
 MOODS = ("dawn", "day", "dusk", "night")
 FIELDS = ("meadow", "wheat", "lavender", "tulips")

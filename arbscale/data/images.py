@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .coords import Size, check_size, scaled_size
+from arbscale.coords import Size, check_size, scaled_size
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is read, by content; PIL's rarer decoders (one of them starts Ghostscript) stay shut."""

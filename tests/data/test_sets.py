@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from arbscale import data, folders
+from arbscale import data
+from arbscale.data import folders
 
 
 def photo(height=40, width=60, seed=0):
@@ -225,7 +226,7 @@ def test_sample_photos_need_no_network(monkeypatch):
     assert {"astronaut", "cat", "coffee"} <= set(photos)
     for tensor in photos.values():
         assert tensor.shape[0] == 3 and min(tensor.shape[1:]) >= 256 and tensor.abs().max() <= 1
-    parts = [data.open_dataset("photos", split) for split in data.SPLITS]
+    parts = [data.open_dataset("photos", split) for split in folders.SPLITS]
     assert sum(map(len, parts)) == len(photos) and all(parts)
 
 
@@ -337,7 +338,7 @@ def test_open_a_folder_with_lists(folder, monkeypatch):
 
 
 def test_open_a_folder_without_lists(folder):
-    parts = [data.open_dataset(folder, split).paths for split in data.SPLITS]
+    parts = [data.open_dataset(folder, split).paths for split in folders.SPLITS]
     assert [len(part) for part in parts] == [10, 1, 1]
     assert len({path for part in parts for path in part}) == 12
     assert data.open_dataset(folder, "val").paths == parts[1]
@@ -435,7 +436,7 @@ def test_celeba(root, monkeypatch):
         (root / "celeba" / name).write_text("\n".join(lines) + "\n")
     # The digests are those of the real tables, which these are not.
     monkeypatch.setattr(CelebA, "_check_integrity", lambda self: True)
-    parts = [data.open_dataset("celeba", split) for split in (*data.SPLITS, "all")]
+    parts = [data.open_dataset("celeba", split) for split in (*folders.SPLITS, "all")]
     assert [len(part) for part in parts] == [3, 2, 2, 7]
     expected = data.load_image(root / "celeba" / "img_align_celeba" / "000005.jpg")
     assert torch.equal(parts[1][1], expected) and torch.equal(parts[1][-1], expected)

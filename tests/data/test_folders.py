@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from arbscale import data, folders, images
+from arbscale import data
 from arbscale.__main__ import main
-from arbscale.check import check_folder
-from arbscale.folders import ImageFolder, partition
+from arbscale.data import ImageFolder, folders, images
+from arbscale.data.check import check_folder
+from arbscale.data.folders import partition
 
 
 def photo(height=20, width=30, seed=0):
@@ -483,5 +484,5 @@ def test_check_says_which_split_is_missing(tmp_path, capsys):
 
 def test_a_file_deleted_during_the_check(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr("arbscale.check.scan_folder", lambda root: (["gone.png"], []))
+    monkeypatch.setattr("arbscale.data.check.scan_folder", lambda root: (["gone.png"], []))
     assert check_folder(tmp_path).files[0].problem == "no longer there"

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .images import load_image, open_image, reason, to_tensor, to_uint8
+from arbscale.data.images import load_image, open_image, reason, to_tensor, to_uint8
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SPLITS = ("train", "val", "test")

@@ -24,7 +24,7 @@ from urllib.request import Request, urlopen
 
 from tqdm.auto import tqdm
 
-from .folders import EXTENSIONS
+from arbscale.data.folders import EXTENSIONS
 
 TIMEOUT = 30.0  # seconds without a byte
 TRIES = 6  # in a row that bring nothing new
