@@ -217,9 +217,9 @@ def ablate(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train a preset through its four stages; `train --help` lists every number."""
-    from arbscale import train_command
+    from arbscale.training import command
 
-    train_command.train(train_command.parse(args.words))
+    command.train(command.parse(args.words))
 
 
 def check(args: argparse.Namespace) -> None:

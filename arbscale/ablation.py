@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from arbscale import latents, presets, training
+from arbscale import presets, training
 from arbscale.bench import images_per_second
 from arbscale.data import open_dataset
 from arbscale.diffusion import denoising_loss
@@ -28,7 +28,7 @@ from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.presets import Preset
 from arbscale.reports import header
 from arbscale.resume import Partial
-from arbscale.trainer import Run
+from arbscale.training import Run
 
 FIRST_STAGES = {"scenes": ("scenes", "scenes"), "cats": ("photos-tiny", "afhq_cats")}
 """By data: the shipped model whose first stage all contestants share, and the data set's name."""
@@ -174,7 +174,7 @@ class _Arena:
         )
         self.network = extractor(settings.features, self.device)
         pictures = fingerprint(train), fingerprint(test)
-        self.key = latents.fingerprint(self.base.first_stage, pictures)
+        self.key = training.fingerprint(self.base.first_stage, pictures)
 
     def preset(self, name: str) -> Preset:
         """Return a contestant's preset."""

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from arbscale import checkpoints
+from arbscale.training import checkpoints
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from arbscale import training
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import build_decoder
-from arbscale.runlog import read_log
-from arbscale.trainer import Run, Stage, loader, optimise
+from arbscale.training.loop import Run, Stage, loader, optimise
+from arbscale.training.runlog import read_log
+from arbscale.training.sources import Source
+from arbscale.training.stages import AlignmentStage, AutoencoderStage, DecoderStage, DiffusionStage
 
 STEPS = 20  # timed, after WARM_UP others
 WARM_UP = 5
@@ -22,7 +23,7 @@ POOL = 256  # latents are as fast to look up among few as among many
 
 
 def profile(
-    model: ArbitraryScaleModel, source: training.Source, run: Run
+    model: ArbitraryScaleModel, source: Source, run: Run
 ) -> Iterator[tuple[str, dict[str, float], str]]:
     """Measure each stage; yield its name, its rates and a table of one step's operations.
 
@@ -32,10 +33,10 @@ def profile(
     preset, first_stage = model.preset, model.first_stage
     helper = build_decoder(preset).to(model.device)
     stages = (
-        lambda: training.AutoencoderStage(first_stage.encoder, helper, source, preset),
-        lambda: training.DecoderStage(first_stage, source, preset, True),
-        lambda: training.DiffusionStage(model, source, POOL),
-        lambda: training.AlignmentStage(model, source, None),
+        lambda: AutoencoderStage(first_stage.encoder, helper, source, preset),
+        lambda: DecoderStage(first_stage, source, preset, True),
+        lambda: DiffusionStage(model, source, POOL),
+        lambda: AlignmentStage(model, source, None),
     )
     for build in stages:
         stage = build()

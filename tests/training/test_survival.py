@@ -1,6 +1,6 @@
 """A run that is killed at any moment ends, resumed, in the weights of one that was not.
 
-The file is also the program that it kills: `python tests/test_survival.py FOLDER` trains a
+The file is also the program that it kills: `python tests/training/test_survival.py FOLDER` trains a
 miniature through all stages again and again, each time in a forked child (a fresh interpreter would
 take seconds) that dies at a random point, and prints what it saw as JSON.
 """
@@ -24,8 +24,8 @@ def train(folder: Path) -> str:
     import torch
 
     from arbscale import presets, training
-    from arbscale.latents import fingerprint
     from arbscale.model import ArbitraryScaleModel
+    from arbscale.training import fingerprint
 
     torch.manual_seed(0)
     preset = replace(
@@ -50,7 +50,7 @@ def dying(at: int | None):
     import torch
     from safetensors import torch as safetensors
 
-    from arbscale import checkpoints
+    from arbscale.training import checkpoints
 
     passed = 0
 

@@ -1,7 +1,7 @@
 """Training in four stages: autoencoder, LIIF decoder, diffusion, alignment.
 
 Each stage is a function that returns its losses, one a step, and trains in place; the loop is in
-`trainer.py`, and its `Run` says where, how precisely and how often it saves. The seed decides
+`loop.py`, and its `Run` says where, how precisely and how often it saves. The seed decides
 everything: initial weights are drawn by the caller, batches, times and noise by the step.
 """
 
@@ -17,43 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from arbscale import latents
 from arbscale.autoencoder import Decoder, Encoder, FirstStage, GaussianPosterior
 from arbscale.coords import cell, grid
 from arbscale.data import resize
 from arbscale.diffusion import alignment_loss, denoising_loss
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset, build_decoder
-from arbscale.sources import (
+from arbscale.training import latents
+from arbscale.training.loop import Run, Stage, optimise, step_generator
+from arbscale.training.sources import (
     Batch,
-    PhotoBatch,
-    PhotoSource,
-    SceneBatch,
-    SceneSource,
     Source,
-    photo_source,
-    scene_source,
-    whole_source,
 )
-from arbscale.trainer import Run, Stage, optimise, step_generator
-
-__all__ = [
-    "Batch",
-    "PhotoBatch",
-    "PhotoSource",
-    "Run",
-    "SceneBatch",
-    "SceneSource",
-    "Source",
-    "finetune_alignment",
-    "photo_source",
-    "scene_source",
-    "train_autoencoder",
-    "train_decoder",
-    "train_diffusion",
-    "train_first_stage",
-    "whole_source",
-]
 
 POOL = 8192  # pictures encoded once for the diffusion model's training
 POINTS = 1024  # of each target, where LIIF is compared with the truth

@@ -14,11 +14,12 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from arbscale import checkpoints, presets, store, training
+from arbscale import presets, store
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset
-from arbscale.runlog import read_summary
-from arbscale.trainer import Run, process_state
+from arbscale.training import checkpoints, sources, stages
+from arbscale.training.loop import Run, process_state
+from arbscale.training.runlog import read_summary
 
 PROG = "python -m arbscale train"
 CONFIG = "config.json"
@@ -101,7 +102,7 @@ def _read(words: list[str], preset: Preset) -> TrainOptions:
 
 def profile(options: TrainOptions) -> None:
     """Print how fast each stage gets its data and learns; write one step's operations."""
-    from arbscale.profiling import profile
+    from arbscale.training.profiling import profile
 
     torch.manual_seed(options.seed)
     model = _model(options).to(process_state().device)
@@ -158,24 +159,20 @@ def train(options: TrainOptions) -> None:
         print(f"{stage}: {options.output}, {model.manifest['minutes']} minutes")
 
 
-def _stages(model: ArbitraryScaleModel, source: training.Source, options: TrainOptions) -> Any:
+def _stages(model: ArbitraryScaleModel, source: sources.Source, options: TrainOptions) -> Any:
     """Train stage by stage; yield each one's name and losses."""
     run, seed = options.run, options.seed
     autoencoder, decoder, diffusion, alignment = options.steps
     if autoencoder or decoder:
         yield (
             "first stage",
-            training.train_first_stage(
-                model, source, autoencoder, decoder, seed, options.joint, run
-            ),
+            stages.train_first_stage(model, source, autoencoder, decoder, seed, options.joint, run),
         )
     if diffusion:
-        pool = options.pool or training.POOL
-        yield "diffusion", training.train_diffusion(model, source, diffusion, seed, pool, run)
+        pool = options.pool or stages.POOL
+        yield "diffusion", stages.train_diffusion(model, source, diffusion, seed, pool, run)
     if alignment:
-        losses = training.finetune_alignment(
-            model, source, alignment, seed, options.max_weight, run
-        )
+        losses = stages.finetune_alignment(model, source, alignment, seed, options.max_weight, run)
         yield "alignment", losses
 
 
@@ -195,9 +192,9 @@ def _model(options: TrainOptions) -> ArbitraryScaleModel:
     return model
 
 
-def _source(options: TrainOptions, preset: Preset) -> training.Source:
+def _source(options: TrainOptions, preset: Preset) -> sources.Source:
     if options.data == "scenes":
-        return training.scene_source(seed=options.seed)
+        return sources.scene_source(seed=options.seed)
     from arbscale.data import open_dataset
 
     more: dict[str, Any] = {}
@@ -207,9 +204,9 @@ def _source(options: TrainOptions, preset: Preset) -> training.Source:
         more["subset"] = options.subset
     images = open_dataset(options.data, "train", **more)
     if not options.whole:
-        return training.photo_source(images, preset)
+        return sources.photo_source(images, preset)
     larger = open_dataset(options.larger, "train") if options.larger else None
-    return training.whole_source(images, larger)
+    return sources.whole_source(images, larger)
 
 
 def _claim(folder: Path, options: TrainOptions) -> None:

@@ -10,24 +10,26 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
-from arbscale import presets, training
+from arbscale import presets
 from arbscale.coords import grid
 from arbscale.data import ImageFolder, resize, to_pil
 from arbscale.diffusion import alignment_loss
 from arbscale.metrics import lpips_is_there
 from arbscale.model import ArbitraryScaleModel
-from arbscale.trainer import make_accelerator
 from arbscale.training import (
     PhotoBatch,
+    Run,
     finetune_alignment,
     photo_source,
     scene_source,
+    stages,
     train_autoencoder,
     train_decoder,
     train_diffusion,
     train_first_stage,
     whole_source,
 )
+from arbscale.training.loop import make_accelerator
 
 
 def shrunken(low_size: int | None = None, **changes) -> presets.Preset:
@@ -85,7 +87,7 @@ def test_pictures_are_taken_whole():
 def test_no_target_is_larger_than_the_pictures():
     preset, images = shrunken(target_sizes=(8, 64)), [torch.rand(3, 24, 24)] * 2
     first_stage = presets.build_first_stage(preset)
-    stage = training.DecoderStage(first_stage, whole_source(images), preset, False)
+    stage = stages.DecoderStage(first_stage, whole_source(images), preset, False)
     cells = [stage.draw(seeded(k), slice(0, stage.batch))["cells"][0, 0] for k in range(40)]
     sizes = [round(2 / c.item()) for c in cells]
     assert max(sizes) <= 24 and len(set(sizes)) > 8
@@ -299,8 +301,8 @@ def test_the_pool_holds_what_single_calls_give():
     """Latents and conditions, scaled."""
     model = build(4)
     fixed = SOURCE(8, seeded())
-    stage = training.DiffusionStage(model, lambda n, g: fixed, 8)
-    run = training.Run()
+    stage = stages.DiffusionStage(model, lambda n, g: fixed, 8)
+    run = Run()
     stage.prepare(run, make_accelerator(run, model.device), 0)
     drawn = stage.draw(seeded(5), slice(2, 6))
     picks = torch.randint(8, (8,), generator=seeded(5))[2:6]
@@ -319,11 +321,11 @@ def test_the_pool_holds_what_single_calls_give():
 def test_windows_are_neighbouring_pixels(crop):
     """Of each picture its own, at most the whole of it."""
     model = build(crop=crop)
-    stage = training.DecoderStage(model.first_stage, SOURCE, model.preset, True)
+    stage = stages.DecoderStage(model.first_stage, SOURCE, model.preset, True)
     drawn = stage.draw(seeded(), slice(0, 4))
-    cells, points = drawn["cells"], drawn["coords"][:, training.POINTS :]  # beside scattered ones
+    cells, points = drawn["cells"], drawn["coords"][:, stages.POINTS :]  # beside scattered ones
     if not crop:
-        assert drawn["coords"].shape == (4, training.POINTS, 2)
+        assert drawn["coords"].shape == (4, stages.POINTS, 2)
         return
     side = math.isqrt(points.shape[1])
     size = round(2 / cells[0, 0].item())
@@ -359,7 +361,7 @@ def test_v_is_another_reading_of_the_same_network():
     torch.testing.assert_close(eps, noise, atol=1e-4, rtol=1e-4)
     wrong = torch.randn(v.shape, generator=seeded())
     model.denoiser.forward = lambda z, t, condition: v + wrong
-    stage = training.DiffusionStage(model, SOURCE, 4)
+    stage = stages.DiffusionStage(model, SOURCE, 4)
     expected = wrong.square().mean()
     torch.testing.assert_close(stage(z0, t, noise), expected, rtol=1e-3, atol=0)
 
@@ -373,11 +375,11 @@ def test_v_learns_and_samples():
 @pytest.mark.parametrize(("size", "share"), [(32, 1), (64, 1), (128, 1 / 16)])
 def test_lpips_counts_less_beyond_twice_what_the_encoder_sees(monkeypatch, size, share):
     model = build(lpips_weight=1.0, image_size=32, target_sizes=(size, size), crop=32)
-    stage = training.DecoderStage(model.first_stage, SOURCE, model.preset, True)
+    stage = stages.DecoderStage(model.first_stage, SOURCE, model.preset, True)
     drawn = stage.draw(seeded(), slice(0, 4))
     losses = []
     for value in (0.0, 5.0):
-        monkeypatch.setattr(training, "_perceptual", lambda *_, value=value: value)
+        monkeypatch.setattr(stages, "_perceptual", lambda *_, value=value: value)
         losses.append(stage(**drawn).item())
     assert losses[1] - losses[0] == pytest.approx(5 * share, rel=1e-4)
 
@@ -400,8 +402,8 @@ def test_a_cached_pool_trains_the_same(tmp_path):
     ends = []
     for run in (
         None,
-        training.Run(tmp_path / "a", latents=tmp_path / "z"),
-        training.Run(latents=tmp_path / "z"),
+        Run(tmp_path / "a", latents=tmp_path / "z"),
+        Run(latents=tmp_path / "z"),
     ):
         model = build(4)
         ends.append(train_diffusion(model, SOURCE, 3, pool=20, run=run))
@@ -411,7 +413,7 @@ def test_a_cached_pool_trains_the_same(tmp_path):
 
 def test_memory_is_saved_without_a_change():
     ends = []
-    for run in (None, training.Run(checkpointing=True), training.Run(accumulation=4)):
+    for run in (None, Run(checkpointing=True), Run(accumulation=4)):
         model = build()
         ends.append(train_diffusion(model, SOURCE, 4, pool=16, run=run))
     assert ends[1] == ends[0]
@@ -420,7 +422,7 @@ def test_memory_is_saved_without_a_change():
 
 @pytest.mark.parametrize("options", [{"precision": "bf16"}, {"channels_last": True}])
 def test_other_arithmetic_learns_as_well(options):
-    run = training.Run(**options)
+    run = Run(**options)
     one, other = build(), build()
     for model, r in ((one, None), (other, run)):
         train_first_stage(model, SOURCE, 2, 2, run=r)
@@ -433,14 +435,14 @@ def test_previews_of_every_stage():
     for low_size in (None, 4):
         model = build(low_size)
         helper = presets.build_decoder(model.preset)
-        stages = [
-            training.AutoencoderStage(model.first_stage.encoder, helper, SOURCE, model.preset),
-            training.DecoderStage(model.first_stage, SOURCE, model.preset, True),
-            training.AlignmentStage(model, SOURCE, None),
+        made = [
+            stages.AutoencoderStage(model.first_stage.encoder, helper, SOURCE, model.preset),
+            stages.DecoderStage(model.first_stage, SOURCE, model.preset, True),
+            stages.AlignmentStage(model, SOURCE, None),
         ]
-        for stage in stages:
+        for stage in made:
             items = stage.preview()
-            assert len(items) == 8 if stage is not stages[2] else 6
+            assert len(items) == 8 if stage is not made[2] else 6
             for (picture, _), (again, _) in zip(items, stage.preview(), strict=True):
                 assert picture.shape[0] == 3 and torch.equal(picture, again)
 

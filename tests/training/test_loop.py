@@ -8,9 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from arbscale import checkpoints, presets
-from arbscale.runlog import read_log, read_summary
-from arbscale.trainer import Run, Stage, learning_rate, optimise, step_generator
+from arbscale import presets
+from arbscale.training import (
+    Run,
+    Stage,
+    checkpoints,
+    optimise,
+    read_log,
+    read_summary,
+    step_generator,
+)
+from arbscale.training.loop import learning_rate
 
 
 class Line(Stage):

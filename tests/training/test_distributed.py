@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from arbscale.runlog import read_log, read_summary
+from arbscale.training import read_log, read_summary
 
 STAGES = ("autoencoder", "decoder", "diffusion", "alignment")
 TRAINING = (

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from arbscale import latents
+from arbscale.training import latents
 
 
 class Parts:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from arbscale import checkpoints
 from arbscale.presets import Preset
-from arbscale.runlog import RunLog
+from arbscale.training import checkpoints
+from arbscale.training.runlog import RunLog
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from arbscale.checkpoints import write_text
+from arbscale.training.checkpoints import write_text
 
 LOG, SUMMARY = "log.jsonl", "summary.json"
 
