@@ -21,9 +21,9 @@ from arbscale import presets, training
 from arbscale.bench import images_per_second
 from arbscale.data import open_dataset
 from arbscale.diffusion import denoising_loss
-from arbscale.distances import frechet_distance, precision_recall
 from arbscale.features import extractor, fingerprint, reference_features
 from arbscale.generation import BATCH, RealPictures
+from arbscale.metrics import frechet_distance, precision_recall
 from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.presets import Preset
 from arbscale.reports import header

@@ -14,17 +14,14 @@ from arbscale.coords import Size, Window
 from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
 from arbscale.distances import (
     FID_LEAST,
-    NEIGHBOURS,
-    frechet_distance,
     interval,
     nearest_distances,
     patch_frechet_distance,
-    precision_recall,
     random_patches,
 )
 from arbscale.evaluation import Sampling
 from arbscale.features import Extractor, extractor, reference_features
-from arbscale.metrics import self_ssim
+from arbscale.metrics import NEIGHBOURS, frechet_distance, precision_recall, self_ssim
 from arbscale.model import ArbitraryScaleModel
 from arbscale.protocols import centre_crop, eight_bits
 from arbscale.resume import Partial

@@ -12,17 +12,15 @@ from torch import nn
 
 from arbscale import distances, features, metrics
 from arbscale.distances import (
-    FeatureStatistics,
     fid,
-    frechet_distance,
     interval,
     nearest_distances,
     patch_fid,
     patch_frechet_distance,
-    precision_recall,
     random_patches,
 )
 from arbscale.features import Extractor
+from arbscale.metrics import FeatureStatistics, frechet_distance, precision_recall
 
 
 def normal(n: int, d: int, seed: int = 0) -> torch.Tensor:

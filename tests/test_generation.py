@@ -9,11 +9,10 @@ import torch
 
 from arbscale import ArbitraryScaleModel, features, generation, presets
 from arbscale.data import ContinuousScenes, resize
-from arbscale.distances import frechet_distance, precision_recall
 from arbscale.evaluation import Sampling
 from arbscale.features import Extractor
 from arbscale.generation import CEILING, FLOOR, OURS, OWN, Job, RealPictures, evaluate_generation
-from arbscale.metrics import self_ssim
+from arbscale.metrics import frechet_distance, precision_recall, self_ssim
 from arbscale.resume import Partial
 
 CALLS = []
