@@ -3,7 +3,7 @@
 The definition is part of the number. PSNR and SSIM are those of the super-resolution benchmarks, on
 images rounded to 8 bits; say with every result which colour space and which border it has. The
 distances between sets take features, (N, D) for N pictures; which network made them is part of the
-number. How sets are streamed through a network is in `distances.py`, and the speed in `bench.py`.
+number. How sets are streamed through a network is in `evaluation`, as is the speed.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def lpips(a: Tensor, b: Tensor, net: str = "alex") -> float:
 
 def lpips_is_there(net: str = "alex") -> bool:
     """Tell whether the weights that `lpips` needs are found on this machine."""
-    from arbscale.features import backbone_file
+    from arbscale.evaluation.features import backbone_file
 
     return backbone_file(_BACKBONES[net]) is not None
 
@@ -144,7 +144,7 @@ def lpips_network(net: str) -> torch.nn.Module:
     """Return the network behind `lpips`, on the CPU; it is loaded once and shared."""
     import lpips as package
 
-    from arbscale.features import backbone_state
+    from arbscale.evaluation.features import backbone_state
 
     state = backbone_state(_BACKBONES[net])
     with warnings.catch_warnings():

@@ -138,8 +138,8 @@ def tiny(low_size: int | None = None) -> Preset:
 def scenes() -> Preset:
     """Return the shipped generator of continuous scenes: 64 px, latent 16 x 16 x 4.
 
-    Its denoiser is the one that won the comparison of `ablation.py`; the weights that ship are
-    older, of the plain U-Net there.
+    Its denoiser is the one that won the comparison of `evaluation/ablation.py`; the weights that
+    ship are older, of the plain U-Net there.
     """
     return Preset(
         name="scenes",

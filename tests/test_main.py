@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from arbscale import ArbitraryScaleModel, features, generation, metrics, presets, store
+from arbscale import ArbitraryScaleModel, metrics, presets, store
 from arbscale.__main__ import main
+from arbscale.evaluation import features, sets
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +181,8 @@ def test_evaluate_generates_resumes_and_repeats_itself(run, tmp_path, offline, m
     sizes = ("--sizes", 32, 40, "--steps", 2, "-n", 22, "--seed", 5, "-o", "g.json")
     words = ("evaluate", "scenes", "--task", "generate", *sizes)
     network = features.Extractor("encoder", "mean colours", 3, "", lambda x: x.float().mean((2, 3)))
-    monkeypatch.setattr(generation, "extractor", lambda *args: network)
-    compare, calls = generation.compare_sets, []
+    monkeypatch.setattr(sets, "extractor", lambda *args: network)
+    compare, calls = sets.compare_sets, []
 
     def stops(*args):
         calls.append(1)
@@ -189,7 +190,7 @@ def test_evaluate_generates_resumes_and_repeats_itself(run, tmp_path, offline, m
             raise KeyboardInterrupt
         return compare(*args)
 
-    monkeypatch.setattr(generation, "compare_sets", stops)
+    monkeypatch.setattr(sets, "compare_sets", stops)
     status, line = run(*words)
     assert status == 2 and "the same command goes on" in line[0]
     assert list((tmp_path / "g.partial").glob("32x32-ours*")) and not (tmp_path / "g.json").exists()

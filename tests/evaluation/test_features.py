@@ -12,14 +12,8 @@ import torch.nn.functional as F
 
 from arbscale import ArbitraryScaleModel
 from arbscale.data import ContinuousScenes, ImageFolder, resize, to_pil
-from arbscale.features import (
-    Extractor,
-    backbone_file,
-    backbone_state,
-    extractor,
-    fingerprint,
-    reference_features,
-)
+from arbscale.evaluation import Extractor, extractor, reference_features
+from arbscale.evaluation.features import backbone_file, backbone_state, fingerprint
 
 WEIGHTS = Path(os.environ.get("ARBSCALE_WEIGHTS", "")).expanduser() / "alexnet_features.pth"
 needs_weights = pytest.mark.skipif(
@@ -143,7 +137,7 @@ def test_fingerprints_tell_sets_apart(tmp_path):
 
 
 def test_the_cache_is_in_the_users_folder(tmp_path, monkeypatch):
-    from arbscale.features import cache_folder
+    from arbscale.evaluation.features import cache_folder
 
     monkeypatch.delenv("ARBSCALE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

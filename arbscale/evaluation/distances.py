@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arbscale.coords import Size, Window, check_size
-from arbscale.features import Extractor, extractor
+from arbscale.evaluation.features import Extractor, extractor
 from arbscale.metrics import BLOCK, FeatureStatistics, check_features, frechet_distance
 
 FID_LEAST = 2048  # pictures: as many as Inception has features

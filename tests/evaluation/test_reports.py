@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from arbscale import reports
+from arbscale.evaluation import reports
 
 MACHINE = {"device": "cpu", "threads": 2, "processor": "x86_64"}
 
@@ -124,7 +124,7 @@ def test_rows_of_before_the_alignment_stand_in_the_same_table(tmp_path):
             reports.read_with_unaligned(path)
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = [p for p in sorted(ROOT.glob("data/*/*.json")) if p.name != "manifest.json"]
 
 

@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from arbscale import distances, features, metrics
-from arbscale.distances import (
+from arbscale import metrics
+from arbscale.evaluation import (
+    Extractor,
+    distances,
+    features,
     fid,
     interval,
     nearest_distances,
@@ -19,7 +22,6 @@ from arbscale.distances import (
     patch_frechet_distance,
     random_patches,
 )
-from arbscale.features import Extractor
 from arbscale.metrics import FeatureStatistics, frechet_distance, precision_recall
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from arbscale import ArbitraryScaleModel, ablation, presets, reports, store, training
+from arbscale import ArbitraryScaleModel, presets, store, training
 from arbscale.__main__ import main
-from arbscale.ablation import COMPARISONS, CONTESTANTS, Settings, cost, held_out_loss
 from arbscale.diffusion import denoising_loss
+from arbscale.evaluation import ablation, reports
+from arbscale.evaluation.ablation import COMPARISONS, CONTESTANTS, Settings, cost, held_out_loss
 
 CPU = torch.device("cpu")
 

@@ -18,16 +18,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from arbscale import presets, training
-from arbscale.bench import images_per_second
 from arbscale.data import open_dataset
 from arbscale.diffusion import denoising_loss
-from arbscale.features import extractor, fingerprint, reference_features
-from arbscale.generation import BATCH, RealPictures
+from arbscale.evaluation.bench import images_per_second
+from arbscale.evaluation.features import extractor, fingerprint, reference_features
+from arbscale.evaluation.reports import header
+from arbscale.evaluation.resume import Partial
+from arbscale.evaluation.sets import BATCH, RealPictures
 from arbscale.metrics import frechet_distance, precision_recall
 from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.presets import Preset
-from arbscale.reports import header
-from arbscale.resume import Partial
 from arbscale.training import Run
 
 FIRST_STAGES = {"scenes": ("scenes", "scenes"), "cats": ("photos-tiny", "afhq_cats")}

@@ -12,19 +12,19 @@ from tqdm.auto import tqdm
 
 from arbscale.coords import Size, Window
 from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
-from arbscale.distances import (
+from arbscale.evaluation.distances import (
     FID_LEAST,
     interval,
     nearest_distances,
     patch_frechet_distance,
     random_patches,
 )
-from arbscale.evaluation import Sampling
-from arbscale.features import Extractor, extractor, reference_features
+from arbscale.evaluation.features import Extractor, extractor, reference_features
+from arbscale.evaluation.pairs import Sampling
+from arbscale.evaluation.protocols import centre_crop, eight_bits
+from arbscale.evaluation.resume import Partial
 from arbscale.metrics import NEIGHBOURS, frechet_distance, precision_recall, self_ssim
 from arbscale.model import ArbitraryScaleModel
-from arbscale.protocols import centre_crop, eight_bits
-from arbscale.resume import Partial
 
 BATCH = 20  # pictures a piece of work: what an interruption costs at most
 LEAST = 2 * (NEIGHBOURS + 1)  # pictures: half of them must have their neighbours

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from arbscale import metrics
 from arbscale.coords import Size, scaled_size
 from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
+from arbscale.evaluation.protocols import Protocol, eight_bits
+from arbscale.evaluation.resume import Partial
 from arbscale.model import ArbitraryScaleModel, back_project
-from arbscale.protocols import Protocol, eight_bits
-from arbscale.resume import Partial
 from arbscale.tiles import Tile
 
 Rows = dict[str, Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arbscale.resume import Partial
+from arbscale.evaluation import Partial
 
 
 class Counter:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from arbscale.data import to_pil, to_uint8
-from arbscale.protocols import PROTOCOLS, centre_crop, get_protocol
+from arbscale.evaluation import get_protocol
+from arbscale.evaluation.protocols import PROTOCOLS, centre_crop
 
 
 def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arbscale import ArbitraryScaleModel, bench, presets
+from arbscale import ArbitraryScaleModel, presets
+from arbscale.evaluation import bench
 
 
 def test_images_per_second_counts_the_batch():

@@ -9,16 +9,15 @@ import torch.nn.functional as F
 from arbscale import ArbitraryScaleModel, evaluation, metrics, presets
 from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
 from arbscale.evaluation import (
-    HALF,
-    OWN,
+    Partial,
     Sampling,
     evaluate_pairs,
     reconstruction_rows,
     upscaling_rows,
 )
+from arbscale.evaluation.pairs import HALF, OWN
+from arbscale.evaluation.protocols import PROTOCOLS, eight_bits
 from arbscale.model import back_project
-from arbscale.protocols import PROTOCOLS, eight_bits
-from arbscale.resume import Partial
 
 WHOLE = PROTOCOLS["whole"]
 

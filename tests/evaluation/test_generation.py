@@ -7,13 +7,20 @@ import dataclasses
 import pytest
 import torch
 
-from arbscale import ArbitraryScaleModel, features, generation, presets
+from arbscale import ArbitraryScaleModel, presets
 from arbscale.data import ContinuousScenes, resize
-from arbscale.evaluation import Sampling
-from arbscale.features import Extractor
-from arbscale.generation import CEILING, FLOOR, OURS, OWN, Job, RealPictures, evaluate_generation
+from arbscale.evaluation import (
+    Extractor,
+    Job,
+    Partial,
+    RealPictures,
+    Sampling,
+    evaluate_generation,
+    features,
+    sets,
+)
+from arbscale.evaluation.sets import CEILING, FLOOR, OURS, OWN
 from arbscale.metrics import frechet_distance, precision_recall, self_ssim
-from arbscale.resume import Partial
 
 CALLS = []
 
@@ -32,7 +39,7 @@ def colours(name="encoder", device="cpu") -> Extractor:
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch, tmp_path):
     monkeypatch.setenv("ARBSCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(generation, "extractor", colours)
+    monkeypatch.setattr(sets, "extractor", colours)
     CALLS.clear()
 
 
@@ -87,7 +94,7 @@ def test_every_size_has_its_rows_and_they_are_what_they_say(job, tmp_path):
 
 def test_an_interruption_costs_one_batch_and_the_reference_is_kept(job, tmp_path, monkeypatch):
     whole = evaluate_generation(job, Partial(None, {}))
-    seen, decode = [], generation._decode
+    seen, decode = [], sets._decode
 
     def stops(model, z, size):
         seen.append(size)
@@ -100,7 +107,7 @@ def test_an_interruption_costs_one_batch_and_the_reference_is_kept(job, tmp_path
     monkeypatch.setattr(
         ArbitraryScaleModel, "sample", lambda *args: sampled.append(1) or sample(*args)
     )
-    monkeypatch.setattr(generation, "_decode", stops)
+    monkeypatch.setattr(sets, "_decode", stops)
     with pytest.raises(KeyboardInterrupt):
         evaluate_generation(job, Partial(tmp_path / "p", {}))
     kept = sorted(path.name for path in (tmp_path / "p").glob("32x32*"))
@@ -156,20 +163,20 @@ def test_real_pictures_are_reduced_never_enlarged():
 
 def test_jobs_that_cannot_be_done(job, capsys):
     with pytest.raises(ValueError, match="one aspect ratio"):
-        generation.check(dataclasses.replace(job, sizes=((32, 32), (32, 64))), False)
+        sets.check(dataclasses.replace(job, sizes=((32, 32), (32, 64))), False)
     with pytest.raises(ValueError, match="sides of 16 px"):
-        generation.check(dataclasses.replace(job, sizes=((32, 32), (12, 12))), False)
+        sets.check(dataclasses.replace(job, sizes=((32, 32), (12, 12))), False)
     with pytest.raises(ValueError, match="unknown features 'clip'; take one of encoder, alexnet"):
-        generation.check(dataclasses.replace(job, features="clip"), False)
+        sets.check(dataclasses.replace(job, features="clip"), False)
     few = dataclasses.replace(job, features="inception")
     with pytest.raises(ValueError, match="FID needs 2048 pictures .* got 22 and 24.*--allow-few"):
-        generation.check(few, False)
-    generation.check(few, True)
+        sets.check(few, False)
+    sets.check(few, True)
     assert "FID over 22 pictures is biased" in capsys.readouterr().err
 
 
 def test_inception_goes_with_vgg16(job):
-    seen = generation.protocol(dataclasses.replace(job, features="inception"))
+    seen = sets.protocol(dataclasses.replace(job, features="inception"))
     assert seen["distance over"].startswith("inception")
     assert seen["precision and recall over"].startswith("vgg16")
     results = evaluate_generation(
@@ -179,7 +186,7 @@ def test_inception_goes_with_vgg16(job):
 
 
 def test_the_real_encoder_serves(job, monkeypatch):
-    monkeypatch.setattr(generation, "extractor", features.extractor)
+    monkeypatch.setattr(sets, "extractor", features.extractor)
     small = dataclasses.replace(
         job,
         sizes=((40, 40),),
@@ -189,4 +196,4 @@ def test_the_real_encoder_serves(job, monkeypatch):
     )
     rows = evaluate_generation(small, Partial(None, {}))["rows"]
     assert all(row["distance"] > 0 for row in rows)
-    assert "photos-tiny's encoder" in generation.protocol(small)["distance over"]
+    assert "photos-tiny's encoder" in sets.protocol(small)["distance over"]

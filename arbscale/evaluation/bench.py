@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arbscale.coords import Size, cell, check_size, grid
+from arbscale.evaluation.reports import header
 from arbscale.liif import LIIF
 from arbscale.model import ArbitraryScaleModel
-from arbscale.reports import header
 
 AGREEMENT = 1e-4  # largest difference of the two decoders' pictures
 
