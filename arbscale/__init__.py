@@ -4,7 +4,7 @@ Implements Kim and Kim 2024 (CVPR, arXiv 2403.10255).
 """
 
 from arbscale import metrics, presets
-from arbscale.first_stage import FirstStage
+from arbscale.autoencoder import FirstStage
 from arbscale.liif import LIIF
 from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.unet import UNet

@@ -10,12 +10,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from arbscale import bench as benchmark
-from arbscale import evaluation, reports
+from arbscale import evaluation
 from arbscale.coords import Size, check_size, scaled_size
-from arbscale.images import load_image, resize, to_pil
+from arbscale.data import load_image, resize, to_pil
+from arbscale.evaluation import Partial, reports
+from arbscale.evaluation import bench as benchmark
 from arbscale.model import ArbitraryScaleModel, pick_device
-from arbscale.resume import Partial
 
 MAX_PIXELS = 400_000_000  # of an output file; more than a picture viewer opens
 
@@ -104,8 +104,8 @@ def _evaluate_pairs(
     args: argparse.Namespace, model: ArbitraryScaleModel, task: str
 ) -> tuple[dict, Partial]:
     from arbscale.data import open_dataset
-    from arbscale.features import fingerprint
-    from arbscale.protocols import get_protocol
+    from arbscale.evaluation import get_protocol
+    from arbscale.evaluation.features import fingerprint
 
     if task == "upscale" and not model.preset.low_size:
         raise ValueError(f"{args.model} is a generator; take --task reconstruct or generate")
@@ -132,9 +132,9 @@ def _evaluate_pairs(
 def _evaluate_generation(
     args: argparse.Namespace, model: ArbitraryScaleModel, task: str
 ) -> tuple[dict, Partial]:
-    from arbscale import generation
     from arbscale.data import ContinuousScenes, open_dataset
-    from arbscale.features import fingerprint
+    from arbscale.evaluation import sets
+    from arbscale.evaluation.features import fingerprint
 
     if model.preset.low_size:
         raise ValueError(f"{args.model} is a super-resolution model; take --task upscale")
@@ -147,20 +147,20 @@ def _evaluate_generation(
     else:
         real, unseen = (open_dataset(args.data, s) for s in (split, others))
     side = model.preset.image_size
-    job = generation.Job(
+    job = sets.Job(
         model,
-        generation.RealPictures(real, min(args.reference or n, len(real))),
-        generation.RealPictures(unseen, min(n, len(unseen))),
+        sets.RealPictures(real, min(args.reference or n, len(real))),
+        sets.RealPictures(unseen, min(n, len(unseen))),
         tuple(args.sizes or [(side, side), (2 * side, 2 * side)]),
         n,
         args.features,
         _sampling(args, task),
     )
-    generation.check(job, args.allow_few)
+    sets.check(job, args.allow_few)
     choices = {"data": args.data, "split": split, "others' split": others}
-    report = reports.header(model, task, choices | generation.protocol(job))
+    report = reports.header(model, task, choices | sets.protocol(job))
     partial = _partial(args, report, fingerprint(real) + fingerprint(unseen))
-    report["results"] = generation.evaluate_generation(job, partial)
+    report["results"] = sets.evaluate_generation(job, partial)
     return report, partial
 
 
@@ -202,7 +202,7 @@ def bench(args: argparse.Namespace) -> None:
 
 def ablate(args: argparse.Namespace) -> None:
     """Train denoisers with and without a transformer at equal cost; print tables, write JSON."""
-    from arbscale import ablation
+    from arbscale.evaluation import ablation
 
     settings = ablation.Settings(
         tuple(args.compare or ablation.Settings().comparisons),
@@ -217,15 +217,15 @@ def ablate(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train a preset through its four stages; `train --help` lists every number."""
-    from arbscale import train_command
+    from arbscale.training import command
 
-    train_command.train(train_command.parse(args.words))
+    command.train(command.parse(args.words))
 
 
 def check(args: argparse.Namespace) -> None:
     """Read every picture below a folder; print what is used, converted, skipped, and why."""
-    from arbscale.check import check_folder, splits
     from arbscale.data import find_folder
+    from arbscale.data.check import check_folder, splits
 
     root = find_folder(args.folder)
     report = check_folder(root)
@@ -239,8 +239,8 @@ def check(args: argparse.Namespace) -> None:
 
 def download(args: argparse.Namespace) -> None:
     """Fetch DIV2K or AFHQ's cats; what an earlier call left unfinished is gone on with."""
-    from arbscale import download as downloads
     from arbscale.data import data_root
+    from arbscale.data import download as downloads
 
     for folder in downloads.download(args.name, args.output or data_root()):
         _print(f"{folder} is complete")

@@ -12,8 +12,13 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from arbscale.autoencoder import Encoder, SymmetricDecoder, TinyDecoder, TinyEncoder
-from arbscale.first_stage import FirstStage
+from arbscale.autoencoder import (
+    Encoder,
+    FirstStage,
+    SymmetricDecoder,
+    TinyDecoder,
+    TinyEncoder,
+)
 from arbscale.liif import LIIF
 from arbscale.unet import UNet
 

@@ -2,7 +2,8 @@
 
 The definition is part of the number. PSNR and SSIM are those of the super-resolution benchmarks, on
 images rounded to 8 bits; say with every result which colour space and which border it has. The
-distances between sets of pictures are written in `distances.py`, and the speed in `bench.py`.
+distances between sets take features, (N, D) for N pictures; which network made them is part of the
+number. How sets are streamed through a network is in `evaluation`, as is the speed.
 """
 
 from __future__ import annotations
@@ -14,27 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arbscale.bench import images_per_second
 from arbscale.coords import Size, check_size
-from arbscale.distances import (
-    FeatureStatistics,
-    fid,
-    frechet_distance,
-    patch_fid,
-    patch_frechet_distance,
-    precision_recall,
-)
-from arbscale.features import backbone_file, backbone_state
 
 __all__ = [
     "FeatureStatistics",
-    "fid",
     "frechet_distance",
-    "images_per_second",
     "lpips",
     "lpips_is_there",
-    "patch_fid",
-    "patch_frechet_distance",
     "precision_recall",
     "psnr",
     "self_ssim",
@@ -46,6 +33,9 @@ WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Exponents of the five scales, from fine to coarse (Wang, Simoncelli and Bovik 2003)."""
+
+NEIGHBOURS = 3  # k of precision and recall, as published
+BLOCK = 1024  # rows of a distance matrix held at a time
 
 
 def psnr(a: Tensor, b: Tensor, space: str = "rgb", border: int = 0) -> float:
@@ -141,6 +131,8 @@ def lpips(a: Tensor, b: Tensor, net: str = "alex") -> float:
 
 def lpips_is_there(net: str = "alex") -> bool:
     """Tell whether the weights that `lpips` needs are found on this machine."""
+    from arbscale.evaluation.features import backbone_file
+
     return backbone_file(_BACKBONES[net]) is not None
 
 
@@ -151,6 +143,8 @@ _BACKBONES = {"alex": "alexnet", "squeeze": "squeezenet1_1"}
 def lpips_network(net: str) -> torch.nn.Module:
     """Return the network behind `lpips`, on the CPU; it is loaded once and shared."""
     import lpips as package
+
+    from arbscale.evaluation.features import backbone_state
 
     state = backbone_state(_BACKBONES[net])
     with warnings.catch_warnings():
@@ -193,6 +187,120 @@ def self_ssim(images: dict[int | Size, Tensor], variant: str = "clean") -> Tenso
     pictures = _check_pictures(images, least=WINDOW if variant == "clean" else 16)
     rows = [[_mean_in_chunks(compare, a, b) for b in pictures] for a in pictures]
     return torch.tensor(rows, dtype=torch.float64)
+
+
+class FeatureStatistics:
+    """Mean and covariance of features, gathered batch by batch in float64.
+
+    Memory is D x D whatever the number of pictures. Deviations are taken from the running mean
+    (Chan, Golub and LeVeque 1983), so large means cost no digits.
+
+    Attributes
+    ----------
+    count
+        Number of pictures so far.
+    mean
+        (D,), float64.
+
+    """
+
+    def __init__(self, features: Tensor | None = None):
+        self.count = 0
+        self.mean = torch.zeros(0, dtype=torch.float64)
+        self._products = torch.zeros(0, 0, dtype=torch.float64)  # summed outer products (D, D)
+        if features is not None:
+            self.update(features)
+
+    def update(self, features: Tensor) -> FeatureStatistics:
+        """Add the features (B, D) of some pictures, and return self."""
+        features = check_features(features)
+        if self.count == 0:
+            width = features.shape[1]
+            self.mean, self._products = features.new_zeros(width), features.new_zeros(width, width)
+        if features.shape[1] != len(self.mean):
+            raise ValueError(
+                f"expected {len(self.mean)} features a picture as before, got {features.shape[1]}; "
+                "take one extractor for all pictures"
+            )
+        total = self.count + len(features)
+        mean = features.mean(0)
+        step, deviations = mean - self.mean, features - mean
+        self._products += deviations.T @ deviations  # (D, D)
+        self._products += torch.outer(step, step) * (self.count * len(features) / total)
+        self.mean = self.mean + step * (len(features) / total)
+        self.count = total
+        return self
+
+    @property
+    def covariance(self) -> Tensor:
+        """The sample covariance (D, D), float64; ValueError for fewer than two pictures."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs two pictures or more, got {self.count}")
+        return self._products / (self.count - 1)
+
+
+def frechet_distance(a: FeatureStatistics | Tensor, b: FeatureStatistics | Tensor) -> float:
+    """Fréchet distance between two sets, each taken for a Gaussian: 0 for the same moments.
+
+    `|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`, squared units of the features. It falls
+    with the number of pictures, so compare equal numbers alone. Fewer pictures than features leave
+    the covariances singular: the formula holds, and the bias is large. The last trace is that of
+    the singular values of `S_a^(1/2) S_b^(1/2)`, which needs no complex root.
+    Source: Dowson and Landau 1982; Heusel et al. 2017.
+
+    Parameters
+    ----------
+    a, b
+        Features (N, D) or their statistics, at least two pictures each.
+
+    """
+    a, b = (x if isinstance(x, FeatureStatistics) else FeatureStatistics(x) for x in (a, b))
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"expected two sets with the same features, got {len(a.mean)} and {len(b.mean)} a "
+            "picture; take one extractor for both"
+        )
+    roots = [_root(x.covariance) for x in (a, b)]
+    overlap = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
+    spread = a.covariance.trace() + b.covariance.trace() - 2 * overlap
+    return max(0.0, ((a.mean - b.mean).square().sum() + spread).item())
+
+
+def precision_recall(
+    generated: Tensor, real: Tensor, k: int = NEIGHBOURS, block: int = BLOCK
+) -> tuple[float, float]:
+    """Improved precision and recall, both in [0, 1]: quality, and coverage of the real pictures.
+
+    Each set is the union of balls around its pictures that reach to the k-th nearest neighbour in
+    the set. Precision is the share of generated pictures inside the real set's balls, recall the
+    share of real ones inside the generated set's. Both depend on the numbers of pictures.
+    Implements Kynkäänniemi et al. 2019, in float64, `block` rows of distances at a time.
+
+    Parameters
+    ----------
+    generated, real
+        Features (N, D) and (M, D), more than k pictures each.
+    k
+        Neighbours.
+    block
+        Rows held at once; decides the memory and nothing else.
+
+    """
+    generated, real = check_features(generated), check_features(real)
+    if k < 1 or min(len(generated), len(real)) <= k:
+        raise ValueError(
+            f"the {k}-th nearest neighbour needs more than {k} pictures in each set and k of at "
+            f"least 1, got {len(generated)} and {len(real)}; take more pictures"
+        )
+    if generated.shape[1] != real.shape[1]:
+        raise ValueError(
+            f"expected two sets with the same features, got {generated.shape[1]} and "
+            f"{real.shape[1]} a picture; take one extractor for both"
+        )
+    centre = real.mean(0)  # a distance keeps more digits near zero
+    generated, real = generated - centre, real - centre
+    precision = _inside(generated, real, _radii(real, k, block), block)
+    return precision, _inside(real, generated, _radii(generated, k, block), block)
 
 
 def _clean_similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -335,3 +443,33 @@ def _check_pictures(images: dict[int | Size, Tensor], least: int) -> list[Tensor
                 f"got {tuple(x.shape)}"
             )
     return [x.cpu() if x.device.type == "mps" else x for x in pictures]
+
+
+def check_features(features: Tensor) -> Tensor:
+    """Return features (N, D) as float64 on the CPU; ValueError for another form or no numbers."""
+    if features.ndim != 2 or features.numel() == 0 or not features.is_floating_point():
+        raise ValueError(
+            f"expected features (N, D), a row a picture, got {features.dtype} "
+            f"{tuple(features.shape)}"
+        )
+    if not features.isfinite().all():
+        raise ValueError("expected finite features, got NaN or infinity; look at the pictures")
+    return features.detach().cpu().double()
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """Return the symmetric square root; eigenvalues that rounding made negative count as 0."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def _radii(points: Tensor, k: int, block: int) -> Tensor:
+    """Return each point's distance (N,) to its k-th nearest other point."""
+    rows = [torch.cdist(x, points).kthvalue(k + 1).values for x in points.split(block)]
+    return torch.cat(rows)  # the nearest one is the point itself
+
+
+def _inside(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> float:
+    """Return the share of points that lie in at least one ball."""
+    rows = [(torch.cdist(x, centres) <= radii).any(1) for x in points.split(block)]
+    return torch.cat(rows).double().mean().item()

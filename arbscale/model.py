@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arbscale import presets, weights
+from arbscale import presets, store
 from arbscale.coords import Size, Window, check_size, scaled_size
 from arbscale.diffusion import Denoiser
 from arbscale.presets import Preset
@@ -328,16 +328,16 @@ class ArbitraryScaleModel(nn.Module):
     def save(self, path: str | Path, half: bool = False) -> None:
         """Write weights and manifest into the folder `path`; `half` stores float16."""
         numbers = {"preset": self.preset.to_dict(), "scale_factor": self.scale_factor}
-        weights.save(path, self.state_dict(), {**self.manifest, **numbers}, half)
+        store.save(path, self.state_dict(), {**self.manifest, **numbers}, half)
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> ArbitraryScaleModel:
         """Load a shipped model by name, or one from a folder, ready for use on the CPU.
 
-        Raises FileNotFoundError or ValueError with the mend; see `weights.load`.
+        Raises FileNotFoundError or ValueError with the mend; see `store.load`.
         """
-        folder = weights.find(name_or_path)
-        state, manifest = weights.load(folder)
+        folder = store.find(name_or_path)
+        state, manifest = store.load(folder)
         scale_factor = manifest.get("scale_factor")
         if not isinstance(scale_factor, float) or not scale_factor > 0:
             raise ValueError(

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
-from arbscale.autoencoder import Decoder, Encoder, SymmetricDecoder, TinyDecoder, TinyEncoder
+from arbscale.autoencoder import (
+    Decoder,
+    Encoder,
+    FirstStage,
+    SymmetricDecoder,
+    TinyDecoder,
+    TinyEncoder,
+)
 from arbscale.diffusion import NoiseSchedule
-from arbscale.first_stage import FirstStage
 from arbscale.liif import LIIF, InterpolatedLIIF
-from arbscale.transformer import LatentTransformer
+from arbscale.transformer import LatentTransformer, TransformerDenoiser
 from arbscale.unet import UNet
-from arbscale.uvit import TransformerDenoiser
 
 ENCODERS = ("residual", "tiny")
 HEADS = ("liif", "interpolated")
@@ -150,8 +155,8 @@ def tiny(low_size: int | None = None) -> Preset:
 def scenes() -> Preset:
     """Return the shipped generator of continuous scenes: 64 px, latent 16 x 16 x 4.
 
-    Its denoiser is the one that won the comparison of `ablation.py`; the weights that ship are
-    older, of the plain U-Net there.
+    Its denoiser is the one that won the comparison of `evaluation/ablation.py`; the weights that
+    ship are older, of the plain U-Net there.
     """
     return Preset(
         name="scenes",

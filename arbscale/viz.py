@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .coords import Window, check_window
-from .images import to_pil
+from arbscale.coords import Window, check_window
 
 Images = Tensor | Sequence[Tensor]
 
@@ -36,6 +35,8 @@ _STYLE = {
 
 def _arrays(images: Images) -> list[np.ndarray]:
     """Return one picture, a batch or a list of pictures as arrays (H, W, 3) of uint8."""
+    from arbscale.data import to_pil
+
     if isinstance(images, Tensor) and images.ndim == 3:
         images = [images]
     arrays = [np.asarray(to_pil(image)) for image in images]
@@ -179,6 +180,8 @@ def contact_sheet(
     with antialiasing; its aspect ratio is kept. A label that is too long is cut.
     """
     from PIL import Image, ImageDraw, ImageFont
+
+    from arbscale.data import to_pil
 
     if not items:
         raise ValueError("there is no picture to show; pass at least one (tensor, label)")

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arbscale.autoencoder import FirstStage
 from arbscale.coords import Size, Window, check_size, scaled_size
-from arbscale.first_stage import FirstStage
-from arbscale.images import to_pil
 
 BOX = 352  # side of the displayed box on the screen; resolution changes inside it
 
@@ -21,6 +20,8 @@ def png(
     first_stage: FirstStage, features: Tensor, size: int | Size, window: Window | None = None
 ) -> bytes:
     """Render features (1, C, h, w) at `size`, or a window of that picture, as a PNG file."""
+    from arbscale.data import to_pil
+
     rgb = first_stage.render(features, size, window)[0].clamp(-1, 1)
     buffer = io.BytesIO()
     to_pil(rgb.cpu()).save(buffer, "png")

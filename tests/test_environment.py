@@ -189,9 +189,10 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_the_wheel_carries_the_package_and_its_weights(wheel):
-    code = {f"arbscale/{path.name}" for path in (ROOT / "arbscale").glob("*.py")}
-    data = {f"arbscale/{path.relative_to(ROOT)}" for path in (ROOT / "data").rglob("*.*")}
-    wanted = (code | data) - {"arbscale/data/README.md"}
+    code = {str(path.relative_to(ROOT)) for path in (ROOT / "arbscale").rglob("*.py")}
+    data = ROOT / "data"
+    shipped = {f"arbscale/shipped/{path.relative_to(data)}" for path in data.rglob("*.*")}
+    wanted = (code | shipped) - {"arbscale/shipped/README.md"}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("arbscale/")}
     assert packed == wanted
 
@@ -201,8 +202,8 @@ def test_the_wheel_loads_every_shipped_model_outside_the_checkout(wheel, tmp_pat
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     subprocess.run([*pip, "--target", str(home), str(wheel)], check=True, timeout=120)
     code = """
-import json, arbscale, arbscale.weights
-loaded = [name for name in arbscale.weights.shipped() if arbscale.load(name)]
+import json, arbscale, arbscale.store
+loaded = [name for name in arbscale.store.shipped() if arbscale.load(name)]
 print(json.dumps({"file": arbscale.__file__, "loaded": loaded}))
 """
     done = subprocess.run(
@@ -216,7 +217,7 @@ print(json.dumps({"file": arbscale.__file__, "loaded": loaded}))
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert Path(told["file"]).is_relative_to(home)
-    assert told["loaded"] == arbscale.weights.shipped()
+    assert told["loaded"] == arbscale.store.shipped()
     assert told["loaded"]
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from arbscale import ArbitraryScaleModel, features, generation, metrics, presets, weights
+from arbscale import ArbitraryScaleModel, metrics, presets, store
 from arbscale.__main__ import main
+from arbscale.evaluation import features, sets
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def models(tmp_path_factory):
 @pytest.fixture
 def run(models, monkeypatch, tmp_path, capsys):
     """Return a function that runs a command and gives its status and its last error line."""
-    monkeypatch.setattr(weights, "SHIPPED", (models,))
+    monkeypatch.setattr(store, "SHIPPED", (models,))
     monkeypatch.chdir(tmp_path)
 
     def call(*words):
@@ -180,8 +181,8 @@ def test_evaluate_generates_resumes_and_repeats_itself(run, tmp_path, offline, m
     sizes = ("--sizes", 32, 40, "--steps", 2, "-n", 22, "--seed", 5, "-o", "g.json")
     words = ("evaluate", "scenes", "--task", "generate", *sizes)
     network = features.Extractor("encoder", "mean colours", 3, "", lambda x: x.float().mean((2, 3)))
-    monkeypatch.setattr(generation, "extractor", lambda *args: network)
-    compare, calls = generation.compare_sets, []
+    monkeypatch.setattr(sets, "extractor", lambda *args: network)
+    compare, calls = sets.compare_sets, []
 
     def stops(*args):
         calls.append(1)
@@ -189,7 +190,7 @@ def test_evaluate_generates_resumes_and_repeats_itself(run, tmp_path, offline, m
             raise KeyboardInterrupt
         return compare(*args)
 
-    monkeypatch.setattr(generation, "compare_sets", stops)
+    monkeypatch.setattr(sets, "compare_sets", stops)
     status, line = run(*words)
     assert status == 2 and "the same command goes on" in line[0]
     assert list((tmp_path / "g.partial").glob("32x32-ours*")) and not (tmp_path / "g.json").exists()
@@ -244,7 +245,7 @@ def test_train_writes_a_model_that_loads(run, tmp_path, monkeypatch, name):
     small = replace(presets.tiny(low_size), image_size=16, target_sizes=(8, 32), diffusion_batch=4)
     small = replace(small, first_stage_batch=2)
     monkeypatch.setitem(presets.PRESETS, "small", lambda: small)
-    monkeypatch.setattr("arbscale.training.POOL", 8)
+    monkeypatch.setattr("arbscale.training.stages.POOL", 8)
     data = "photos" if low_size else "scenes"
     out = tmp_path / "trained"
     assert run("train", "small", "--data", data, "--steps", 2, 2, 2, 2, "-o", out)[0] == 0

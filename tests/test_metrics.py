@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from arbscale.images import load_image
+from arbscale.data import load_image
 from arbscale.metrics import lpips, lpips_is_there, lpips_network, psnr, self_ssim, ssim
 
 GOLDEN = Path(__file__).parent / "golden" / "selfssim.safetensors"

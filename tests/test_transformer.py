@@ -12,13 +12,13 @@ from arbscale.presets import Preset
 from arbscale.transformer import (
     LatentTransformer,
     TokenBlock,
+    TransformerDenoiser,
     merge_positions,
     rotary_angles,
     rotate,
     spread_tokens,
 )
 from arbscale.unet import UNet
-from arbscale.uvit import TransformerDenoiser
 
 STEPS = torch.tensor([3, 800])
 SIZES = [(8, 8), (7, 5), (6, 9), (1, 1), (1, 9), (5, 1), (3, 14)]

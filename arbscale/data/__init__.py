@@ -1,0 +1,55 @@
+"""Data: pictures from names, folders and archives, single pictures, and continuous scenes."""
+
+from arbscale.data.folders import ImageFolder
+from arbscale.data.images import (
+    load_image,
+    low_high_pair,
+    random_crop,
+    resize,
+    to_pil,
+    to_tensor,
+    to_uint8,
+)
+from arbscale.data.scenes import (
+    FIELDS,
+    MOODS,
+    Scenes,
+    render_scenes,
+    sample_scenes,
+    scene_colors,
+)
+from arbscale.data.sets import (
+    ContinuousScenes,
+    PairDataset,
+    PatchDataset,
+    TorchvisionPictures,
+    data_root,
+    find_folder,
+    open_dataset,
+    sample_photos,
+)
+
+__all__ = [
+    "FIELDS",
+    "MOODS",
+    "ContinuousScenes",
+    "ImageFolder",
+    "PairDataset",
+    "PatchDataset",
+    "Scenes",
+    "TorchvisionPictures",
+    "data_root",
+    "find_folder",
+    "load_image",
+    "low_high_pair",
+    "open_dataset",
+    "random_crop",
+    "render_scenes",
+    "resize",
+    "sample_photos",
+    "sample_scenes",
+    "scene_colors",
+    "to_pil",
+    "to_tensor",
+    "to_uint8",
+]

@@ -1,0 +1,148 @@
+"""What would be used of a folder of pictures, what is converted, what is skipped, and why."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from arbscale.coords import Size
+from arbscale.data.folders import SPLITS, open_folder, scan_folder
+from arbscale.data.images import decode, open_image, reason
+
+SHOWN = 5  # names printed of each group
+_MODES = {
+    "1": "black and white, to RGB",
+    "L": "greyscale, to RGB",
+    "LA": "greyscale, to RGB",
+    "P": "palette, to RGB",
+    "PA": "palette, to RGB",
+    "CMYK": "CMYK, to RGB without its colour profile",
+    "YCbCr": "YCbCr, to RGB",
+}
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What becomes of one file: a size (height, width) where it is used, else a problem."""
+
+    name: str
+    size: Size | None = None
+    conversions: tuple[str, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What becomes of a folder's picture files, and what else lies there and why."""
+
+    root: Path
+    files: list[FileReport]
+    passed_over: list[tuple[str, str]]
+
+    @property
+    def used(self) -> list[FileReport]:
+        """Return the files that can be used."""
+        return [file for file in self.files if not file.problem]
+
+    def summary(self) -> str:
+        """Return counts, with the names of the first files of each kind."""
+        lines = [f"{self.root}: {len(self.used)} of {len(self.files)} picture files can be used"]
+        if self.used:
+            by_area = sorted((f.size[0] * f.size[1], f.size) for f in self.used if f.size)
+            small, large = (f"{h} x {w}" for _, (h, w) in (by_area[0], by_area[-1]))
+            lines.append(f"sizes (height x width): from {small} to {large}")
+        lines += _grouped("converted", [(f.name, c) for f in self.files for c in f.conversions])
+        lines += _grouped("skipped", [(f.name, f.problem) for f in self.files if f.problem])
+        return "\n".join(lines + _grouped("passed over", self.passed_over))
+
+    def listing(self) -> str:
+        """Return one line a file: its size, or "skipped", its name, and what is done to it."""
+        lines = []
+        for file in self.files:
+            size = f"{file.size[0]} x {file.size[1]}" if file.size else "skipped"
+            why = "; ".join(file.conversions) or file.problem
+            lines.append(f"{size:>13}  {file.name}" + (f"  ({why})" if why else ""))
+        return "\n".join(lines)
+
+
+def check_folder(root: str | Path) -> FolderReport:
+    """Decode every picture below a folder and report what `ImageFolder` makes of it."""
+    root = Path(root)
+    names, passed_over = scan_folder(root)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, which name no file
+        files = [check_file(root, name) for name in tqdm(names, desc="checking", unit="file")]
+    return FolderReport(root, files, passed_over)
+
+
+def check_file(root: Path, name: str) -> FileReport:
+    """Decode one picture and report what becomes of it."""
+    try:
+        with open_image(root / name) as image:
+            deep = ";16" in str(image.tile)  # PIL hides it once the pixels are there
+            height, width = decode(image).shape[1:]
+            conversions = _conversions(image, root / name, deep)
+        return FileReport(name, (height, width), conversions)
+    except FileNotFoundError:
+        return FileReport(name, problem="no longer there")
+    except ValueError as error:
+        why = re.sub(r" \(\d+ bytes not processed\)", "", reason(error.__cause__))
+        return FileReport(name, problem=why)
+
+
+def splits(root: Path) -> str:
+    """Return how many pictures `open_dataset` would find in each split."""
+    lines = []
+    for split in SPLITS:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the report has said it already
+                lines.append(f"{split}: {len(open_folder(root, split))}")
+        except (ValueError, FileNotFoundError) as error:
+            lines.append(f"{split}: none ({error})")
+    return "\n".join(lines)
+
+
+def _conversions(image: Any, path: Path, deep: bool) -> tuple[str, ...]:
+    """Return what `decode` has done to an opened picture."""
+    from PIL import Image
+
+    wanted = Image.registered_extensions().get(path.suffix.lower())
+    by_content = image.format not in (wanted, "MPO" if wanted == "JPEG" else wanted)
+    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    found = {
+        f"{image.format} by its content": by_content,
+        "several frames or pages, the first is taken": _quiet(lambda: image.is_animated),
+        "16 bits, to 8": deep,
+        _MODES.get(image.mode, ""): image.mode in _MODES,
+        "transparency, laid on white": transparent,
+        "turned upright as EXIF says": _quiet(lambda: image.getexif().get(0x0112) in range(2, 9)),
+    }
+    return tuple(text for text, is_so in found.items() if is_so)
+
+
+def _quiet(question: Callable[[], bool]) -> bool:
+    """Return the answer, or False where damage beside good pixels prevents one."""
+    try:
+        return question()
+    except Exception:
+        return False
+
+
+def _grouped(title: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Return lines for (name, kind), grouped by kind, the largest group first."""
+    groups = defaultdict(list)
+    for name, kind in pairs:
+        groups[kind].append(name)
+    lines = [f"{title}:"] if pairs else []
+    for kind, names in sorted(groups.items(), key=lambda group: -len(group[1])):
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        lines.append(f"{len(names):6} {kind}: {', '.join(names[:SHOWN])}{more}")
+    return lines

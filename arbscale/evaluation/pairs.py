@@ -1,0 +1,196 @@
+"""Scores of pictures against their truth: reconstruction and up-sampling, beside the baselines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from arbscale import metrics
+from arbscale.coords import Size, scaled_size
+from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
+from arbscale.evaluation.protocols import Protocol, eight_bits
+from arbscale.evaluation.resume import Partial
+from arbscale.model import ArbitraryScaleModel, back_project
+from arbscale.tiles import Tile
+
+Rows = dict[str, Tensor]
+"""Pictures by method, all of one size (1, 3, H, W); "truth" is the reference."""
+
+OWN = "bicubic of own training-size output"
+HALF = "bicubic of own output at half the size"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How latents are drawn."""
+
+    sampler: str = "dpm_solver_pp"
+    steps: int = 20
+    seed: int = 0
+
+
+@torch.no_grad()
+def reconstruction_rows(
+    model: ArbitraryScaleModel, images: Sequence[Tensor], index: int, scale: float, rule: Protocol
+) -> Rows:
+    """Encode a small picture and render it `scale` times larger.
+
+    Scenes are encoded at the training size, and the truth is the scene itself at the larger size.
+    Of a photograph the small picture is the reduction that the protocol asks for, cropped to whole
+    latent pixels. The baselines enlarge the small picture; the model's own output at the small
+    size, which is all that a fixed-size decoder offers; and from x4 on its output at half the size.
+    """
+    if isinstance(images, ContinuousScenes):
+        low, high = _scene_pair(images, index, model.preset.image_size, scale, rule)
+    else:
+        low, high = _whole_latents(model, *rule.pair(images[index], scale, index), scale)
+    features = model.first_stage.features(model.first_stage.encode(low[None].to(model.device)))
+    size = tuple(high.shape[-2:])
+
+    def render(size: Size) -> Tensor:
+        return model.first_stage.render(features, size).clamp(-1, 1).cpu()
+
+    rows = {"bicubic": low[None], OWN: eight_bits(render(tuple(low.shape[-2:])))}
+    if scale >= 4:
+        rows[HALF] = eight_bits(render(scaled_size(size, 0.5)))
+    enlarged = {method: resize(picture, size) for method, picture in rows.items()}
+    return {"truth": high[None], **enlarged, "ours (first stage)": render(size)}
+
+
+def _scene_pair(
+    scenes: ContinuousScenes, index: int, side: int, scale: float, rule: Protocol
+) -> tuple[Tensor, Tensor]:
+    """Return a scene at the training size and at `scale` times it, both exact."""
+    if rule.low_size:
+        raise ValueError(
+            f"{rule.name} fixes the low size, and scenes are encoded at the training size; take "
+            "the protocol whole, benchmark or div2k"
+        )
+    scene = sample_scenes(1, scenes.seed, scenes.first + index)
+    size = scaled_size((side, side), scale)
+    return eight_bits(render_scenes(scene, side)[0]), render_scenes(scene, size)[0]
+
+
+def _whole_latents(
+    model: ArbitraryScaleModel, low: Tensor, high: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Crop a pair so that the low sides are multiples of the encoder's factor."""
+    factor = model.first_stage.factor
+    size = tuple(n // factor * factor for n in low.shape[-2:])
+    if min(size) == 0:
+        raise ValueError(
+            f"a picture of {low.shape[-2]} x {low.shape[-1]} is smaller than a latent pixel of "
+            f"{factor} px; take a smaller scale"
+        )
+    rows, columns = scaled_size(size, scale)
+    high = high[..., :rows, :columns]
+    return eight_bits(resize(high, size)), high
+
+
+@torch.no_grad()
+def upscaling_rows(
+    model: ArbitraryScaleModel,
+    image: Tensor,
+    scale: float,
+    rule: Protocol,
+    sampling: Sampling,
+    index: int = 0,
+) -> Rows:
+    """Reduce a photograph (3, H, W) as the protocol says, then enlarge it again.
+
+    The ceiling encodes the photograph itself instead of sampling its latent, tile by tile. It and
+    ours are back-projected; so is one bicubic baseline, to show what that step alone gives.
+    """
+    low, high = rule.pair(image, scale, index)
+    factor = model.preset.image_size // model.preset.low_size
+    given = resize(high, (low.shape[1] * factor, low.shape[2] * factor))[None]
+    size = tuple(high.shape[-2:])
+
+    def encoded(span: Tile) -> Tensor:
+        wanted = span.latent(factor)  # pixels of the encoder's input
+        return model.first_stage.encode(given[wanted].to(model.device))
+
+    encodings = ((span, encoded(span)) for span in model.tiles(low.shape[-2:]))
+    bicubic = resize(low, size)
+    ours = model.upscale(
+        low, size=size, seed=sampling.seed, steps=sampling.steps, sampler=sampling.sampler
+    )
+    return {
+        "truth": high[None],
+        "bicubic": bicubic[None],
+        "bicubic, back-projected": back_project(bicubic, low).clamp(-1, 1)[None],
+        "ours": ours[None],
+        "first stage (ceiling)": model.paint(low, size, encodings)[None],
+    }
+
+
+def score(rows: Rows, space: str, border: int, with_lpips: bool) -> dict[str, dict[str, float]]:
+    """Compare each method with the truth."""
+    truth = rows["truth"]
+    measures: dict[str, Callable[[Tensor], float]] = {
+        "psnr": lambda x: metrics.psnr(x, truth, space, border),
+        "ssim": lambda x: metrics.ssim(x, truth, space, border),
+    }
+    if with_lpips:
+        measures["lpips"] = lambda x: metrics.lpips(eight_bits(x), eight_bits(truth))
+    return {
+        method: {name: measure(picture) for name, measure in measures.items()}
+        for method, picture in rows.items()
+        if method != "truth"
+    }
+
+
+def evaluate_pairs(
+    rows: Callable[[int, float], Rows],
+    rule: Protocol,
+    scales: Iterable[float],
+    n: int,
+    partial: Partial,
+    with_lpips: bool,
+) -> dict[str, dict]:
+    """Score `rows(index, scale)` for the first n pictures at each scale.
+
+    Returns, by scale and method, the mean of each metric. Finished pictures are kept in `partial`.
+    """
+    results: dict[str, dict] = {}
+    for scale in scales:
+        scored = []
+        for i in tqdm(range(n), desc=f"x{scale:g}", unit="picture"):
+            scored.append(
+                partial.numbers(
+                    f"x{scale:g}-{i:06d}",
+                    lambda i=i, s=scale: score(rows(i, s), rule.space, rule.border(s), with_lpips),
+                )
+            )
+        results[f"{scale:g}"] = {
+            method: {name: sum(s[method][name] for s in scored) / n for name in values}
+            for method, values in scored[0].items()
+        }
+    return results
+
+
+def lpips_or_why_not() -> bool:
+    """Tell whether LPIPS can be computed; where its weights cannot be had, say so on stderr."""
+    try:
+        metrics.lpips(*torch.zeros(2, 3, 32, 32))
+    except FileNotFoundError as error:
+        print(f"without LPIPS: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def pair_protocol(
+    rule: Protocol, images: Sequence[Tensor], task: str, n: int, sampling: Sampling, lpips: bool
+) -> dict:
+    """Return the protocol of `evaluate_pairs` as JSON can hold it."""
+    choices = {"pictures": n, **rule.describe()}
+    if task == "reconstruct" and isinstance(images, ContinuousScenes):
+        choices["low"] = "exact rendering at the training size, 8 bits; the truth is exact too"
+    choices["lpips"] = "v0.1, AlexNet, whole pictures, 8 bits" if lpips else None
+    choices["sampling"] = asdict(sampling) if task == "upscale" else None
+    return choices

@@ -1,0 +1,174 @@
+"""What is on disk: weights with their manifest, files that are replaced whole, content keys.
+
+A model is a folder of safetensors and a manifest that says what they are. Only safetensors are
+read, which hold numbers and no code; every file is checked against the SHA-256 in the manifest
+before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+MANIFEST = "manifest.json"
+SHARD_BYTES = 15_000_000
+SHIPPED = (Path(__file__).parent / "shipped", Path(__file__).parent.parent / "data")
+"""Where trained weights are: inside an installed package, or beside it in a checkout."""
+
+
+def shipped() -> list[str]:
+    """Return the names of the trained models that ship with the package."""
+    return sorted({m.parent.name for root in SHIPPED for m in root.glob(f"*/{MANIFEST}")})
+
+
+def find(name_or_path: str | Path) -> Path:
+    """Return the folder of a model: a path, or the name of a shipped one, in this order.
+
+    Raises FileNotFoundError that lists the shipped names.
+    """
+    candidates = [Path(name_or_path).expanduser(), *(root / str(name_or_path) for root in SHIPPED)]
+    for folder in candidates:
+        if (folder / MANIFEST).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"no model {str(name_or_path)!r}: neither a folder with a {MANIFEST} nor one of the "
+        f"shipped models ({', '.join(shipped()) or 'none found'}); train one with "
+        "`python -m arbscale train`"
+    )
+
+
+def save(folder: str | Path, state: dict[str, Tensor], manifest: dict, half: bool = False) -> None:
+    """Write tensors, sharded to at most 15 MB a file, and then the manifest, which makes it valid.
+
+    `half` stores float16, half the size. `manifest` gets the list of files with their SHA-256.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for old in folder.glob("weights-*.safetensors"):
+        old.unlink()
+    files = []
+    for i, shard in enumerate(_shards(state, half)):
+        path = folder / f"weights-{i:05d}.safetensors"
+        save_file(shard, path)
+        files.append({"name": path.name, "sha256": sha256(path), "bytes": path.stat().st_size})
+    text = json.dumps({"format": 1, **manifest, "files": files}, indent=2)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Return float32 tensors and the manifest.
+
+    Raises FileNotFoundError for a missing file, ValueError for a damaged or altered one.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    state: dict[str, Tensor] = {}
+    for entry in manifest["files"]:
+        path = folder / entry["name"]
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is named in the manifest but missing; fetch it again")
+        if path.stat().st_size != entry["bytes"]:
+            raise ValueError(
+                f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}: a "
+                "truncated download or a git-lfs pointer; fetch it again"
+            )
+        if sha256(path) != entry["sha256"]:
+            raise ValueError(f"{path} does not have its manifest's SHA-256; fetch it again")
+        state |= load_file(path)
+    return {name: tensor.float() for name, tensor in state.items()}, manifest
+
+
+def read_manifest(folder: str | Path) -> dict:
+    """Return a model's manifest; ValueError if it is damaged or of a newer format."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        complete = all({"name", "sha256", "bytes"} <= set(entry) for entry in manifest["files"])
+        if manifest["format"] == 1 and manifest["preset"] and manifest["files"] and complete:
+            return manifest
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path} is damaged or of another version; fetch or save the model again")
+
+
+def _shards(state: dict[str, Tensor], half: bool) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().to(torch.float16 if half else torch.float32).contiguous()
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal, read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a draft beside `path`, to be written; then move it into place.
+
+    At every moment `path` is the old file or the new one, whole: the draft is synced to disk before
+    it gets the name. Where the writing fails, the draft is removed and the error goes on.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".draft-{os.getpid()}-{path.name}")
+    try:
+        yield draft
+        draft.chmod(0o666 & ~_umask())
+        sync(draft)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a small file, so that it is the old or the new one at every moment."""
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk itself."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def content_key(*facts: object, module: nn.Module | None = None) -> str:
+    """Return a SHA-256 of facts that JSON can hold and of a module's weights."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(module.state_dict().items()) if module else ():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,94 @@
+"""What a run leaves to be looked at: a log, TensorBoard's scalars and pictures, and a summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from arbscale.training.checkpoints import write_text
+
+LOG, SUMMARY = "log.jsonl", "summary.json"
+
+
+class RunLog:
+    """Writes into a run's folder, or nowhere: where there is none, or in all but one process.
+
+    `step` is where the stage goes on; what a killed run wrote after it is dropped.
+    """
+
+    def __init__(self, folder: Path | None, stage: str, step: int, main: bool):
+        self.active = folder is not None and main
+        self.stage = stage
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._forget(step)
+        self.file = (self.folder / LOG).open("a", encoding="utf-8")
+        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step)
+
+    def scalars(self, step: int, **values: float) -> None:
+        """Note numbers after a step."""
+        if self.active:
+            line = {"stage": self.stage, "step": step, **values}
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            for name, value in values.items():
+                self.board.add_scalar(f"{self.stage}/{name}", value, step)
+
+    def samples(self, step: int, pictures: list[tuple[Tensor, str]]) -> None:
+        """Write labelled pictures (3, H, W) as one sheet."""
+        if not self.active or not pictures:
+            return
+        from torchvision.transforms.functional import pil_to_tensor
+
+        from arbscale.viz import contact_sheet
+
+        sheet = contact_sheet(pictures, columns=2, box=200)  # they come in pairs
+        path = self.folder / "samples" / f"{self.stage}-{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        sheet.save(path)
+        self.board.add_image(f"{self.stage}/samples", pil_to_tensor(sheet), step)
+
+    def summary(self, **values: object) -> None:
+        """Add the stage to `summary.json`."""
+        if self.active:
+            stages = {**read_summary(self.folder), self.stage: values}
+            write_text(self.folder / SUMMARY, json.dumps(stages, indent=2, default=str) + "\n")
+
+    def close(self) -> None:
+        """Finish the files."""
+        if self.active:
+            self.file.close()
+            self.board.close()
+
+    def _forget(self, step: int) -> None:
+        """Drop this stage's lines after `step`, and a line that was cut off."""
+        kept = [
+            json.dumps(line) + "\n"
+            for line in read_log(self.folder)
+            if line["stage"] != self.stage or line["step"] <= step
+        ]
+        write_text(self.folder / LOG, "".join(kept))
+
+
+def read_log(folder: Path) -> list[dict]:
+    """Return a run's log: stage, step, loss, lr, rate, a step's seconds, share of waiting."""
+    path = Path(folder) / LOG
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # cut off when the process was killed
+            continue
+    return lines
+
+
+def read_summary(folder: Path) -> dict:
+    """Return what each finished stage of a run noted."""
+    path = Path(folder) / SUMMARY
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,216 @@
+"""What a training step looks at: batches of pictures that can be seen in any size.
+
+A batch is a function of the generator alone. Where several processes share a batch, each draws the
+random numbers of all of it and looks at its own part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from arbscale.coords import cell
+from arbscale.data import Scenes, random_crop, render_scenes, resize, sample_scenes, scene_colors
+from arbscale.presets import Preset
+
+
+class Batch(Protocol):
+    """Some pictures that can be looked at in any size; `largest` is the last that they have."""
+
+    largest: int | None  # a side in pixels; None where there is no end
+
+    def image(self, size: int) -> Tensor:
+        """Return the pictures at `size`, (B, 3, size, size) in [-1, 1]."""
+
+    def colors(self, size: int, coords: Tensor) -> Tensor:
+        """Return the pictures' pixels at `size`, (B, N, 3), at pixel centres (B, N, 2)."""
+
+
+class Source(Protocol):
+    """Something that draws pictures.
+
+    A plain function of `n` and `generator` will do as long as one process draws whole batches. One
+    with an attribute `identity`, a text that differs where the pictures do, lets latents be cached.
+    """
+
+    def __call__(self, n: int, generator: torch.Generator, part: slice | None = None) -> Batch:
+        """Draw n pictures and return those of `part`, by default all."""
+
+
+@dataclass(frozen=True)
+class SceneBatch:
+    """Continuous scenes: exact at every size."""
+
+    scenes: Scenes
+    largest = None
+
+    def image(self, size: int) -> Tensor:
+        """Render the scenes."""
+        return render_scenes(self.scenes, size)
+
+    def colors(self, size: int, coords: Tensor) -> Tensor:
+        """Evaluate the scenes at the points alone."""
+        return scene_colors(self.scenes, coords, cell((size, size)).expand(len(coords), 2))
+
+
+@dataclass(frozen=True)
+class PhotoBatch:
+    """Crops of photographs (B, 3, s, s), resized with antialiasing."""
+
+    crops: Tensor
+
+    @property
+    def largest(self) -> int:
+        """Return s: beyond it there is nothing to learn from."""
+        return self.crops.shape[-1]
+
+    def image(self, size: int) -> Tensor:
+        """Resize the crops by antialiased bicubic interpolation."""
+        return resize(self.crops, size)
+
+    def colors(self, size: int, coords: Tensor) -> Tensor:
+        """Look the points up among the resized crops' pixels."""
+        pixels = self.image(size).flatten(2).mT  # (B, size*size, 3)
+        rows, cols = ((coords + 1) * (size / 2)).long().clamp(0, size - 1).unbind(-1)
+        return pixels.gather(1, (rows * size + cols)[..., None].expand(-1, -1, 3))
+
+
+@dataclass(frozen=True)
+class SceneSource:
+    """Draw runs of consecutive scenes from the first `count` of a seed's training split."""
+
+    count: int
+    seed: int
+
+    def __call__(self, n: int, generator: torch.Generator, part: slice | None = None) -> SceneBatch:
+        """Draw n scenes; see `Source`."""
+        first = int(torch.randint(self.count - n + 1, (), generator=generator))
+        wanted = range(n)[part or slice(None)]
+        return SceneBatch(sample_scenes(len(wanted), self.seed, first + wanted.start))
+
+    @property
+    def identity(self) -> str:
+        """Which scenes these are."""
+        return f"scenes {self.seed}, {self.count}"
+
+
+@dataclass(frozen=True)
+class PhotoSource:
+    """Draw random crops of photographs (3, H, W), flipped half of the time.
+
+    The crop's side is drawn for the whole batch, uniform in `sides`.
+    """
+
+    images: Sequence[Tensor]
+    sides: tuple[int, int]
+
+    def __call__(self, n: int, generator: torch.Generator, part: slice | None = None) -> PhotoBatch:
+        """Draw n crops, each by a generator of its own: only those of `part` are read."""
+        side = int(torch.randint(self.sides[0], self.sides[1] + 1, (), generator=generator))
+        picks = torch.randint(len(self.images), (n,), generator=generator).tolist()
+        seeds = torch.randint(1 << 62, (n,), generator=generator).tolist()
+        crops = [self._crop(picks[i], side, seeds[i]) for i in range(n)[part or slice(None)]]
+        return PhotoBatch(torch.stack(crops))
+
+    @cached_property
+    def count(self) -> int | None:
+        """How many pictures there are to draw, mirror images included; None where crops vary."""
+        whole = {*self.sides} == {*self.images[0].shape[-2:]} and self.sides[0] == self.sides[1]
+        return 2 * len(self.images) if whole else None
+
+    def pick(self, numbers: Sequence[int]) -> PhotoBatch:
+        """Return pictures by number, below `count`: each picture, then its mirror image."""
+        images = [(self.images[n // 2], n % 2) for n in numbers]
+        return PhotoBatch(torch.stack([x.flip(-1) if mirrored else x for x, mirrored in images]))
+
+    def _crop(self, index: int, side: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        crop = random_crop(self.images[index], side, generator)
+        return crop.flip(-1) if torch.rand((), generator=generator) < 0.5 else crop
+
+    @cached_property
+    def identity(self) -> str | None:
+        """Which photographs and sides these are; None where only reading them all could tell."""
+        pictures = _identity(self.images)
+        return pictures and f"photographs {pictures}, crops {self.sides}"
+
+
+@dataclass(frozen=True)
+class MixedSource:
+    """Draw each batch from one of two sources, from the second with probability `share`."""
+
+    first: Source
+    second: Source
+    share: float
+
+    def __call__(self, n: int, generator: torch.Generator, part: slice | None = None) -> Batch:
+        """Draw n pictures of one of the sources; see `Source`."""
+        second = torch.rand((), generator=generator) < self.share
+        return (self.second if second else self.first)(n, generator, part)
+
+    @property
+    def identity(self) -> str | None:
+        """Which pictures these are; None where one of the sources cannot tell."""
+        names = [getattr(source, "identity", None) for source in (self.first, self.second)]
+        return f"{names[0]}, or at {self.share} {names[1]}" if all(names) else None
+
+
+def scene_source(count: int = 1 << 20, seed: int = 0) -> SceneSource:
+    """Draw from the first `count` scenes of a seed's training split."""
+    return SceneSource(count, seed)
+
+
+def photo_source(images: Sequence[Tensor], preset: Preset) -> PhotoSource:
+    """Draw random crops of photographs (3, H, W), flipped half of the time.
+
+    The crop's side is uniform between the encoder's input and the largest target, so that the
+    model sees details at several scales.
+    """
+    smallest = preset.image_size
+    return PhotoSource(images, (smallest, max(smallest, preset.target_sizes[1])))
+
+
+def whole_source(images: Sequence[Tensor], larger: Sequence[Tensor] | None = None) -> Source:
+    """Draw square pictures of one size whole, flipped half of the time.
+
+    `larger` holds some of them in a larger size: every fourth batch is drawn from it, so that
+    targets beyond the others' size can be learned. ValueError for pictures that are not square.
+    """
+    sources = [PhotoSource(x, _square(x[0])) for x in (images, larger) if x is not None]
+    return MixedSource(*sources, share=0.25) if len(sources) > 1 else sources[0]
+
+
+def _square(image: Tensor) -> tuple[int, int]:
+    height, width = image.shape[-2:]
+    if height != width:
+        raise ValueError(
+            f"only square pictures can be taken whole, got one of {height} x {width}; crop them"
+        )
+    return height, width
+
+
+def _identity(images: Any) -> str | None:
+    """Hash the files' names, sizes and times; or the pixels of pictures held in memory."""
+    digest = hashlib.sha256()
+    if isinstance(images, Subset):
+        whole = _identity(images.dataset)
+        digest.update(json.dumps([whole, list(images.indices)]).encode())
+        return whole and digest.hexdigest()
+    if hasattr(images, "paths"):
+        stats = [(path, path.stat()) for path in images.paths]
+        files = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        digest.update(json.dumps(files).encode())
+        return digest.hexdigest()
+    if not isinstance(images, list | tuple):
+        return None
+    for image in images:
+        digest.update(str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes())
+    return digest.hexdigest()

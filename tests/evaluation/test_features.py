@@ -1,0 +1,144 @@
+"""The extractors, the search for their weights, and what is kept on disk."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from arbscale import ArbitraryScaleModel
+from arbscale.data import ContinuousScenes, ImageFolder, resize, to_pil
+from arbscale.evaluation import Extractor, extractor, reference_features
+from arbscale.evaluation.features import backbone_file, backbone_state, fingerprint
+
+WEIGHTS = Path(os.environ.get("ARBSCALE_WEIGHTS", "")).expanduser() / "alexnet_features.pth"
+needs_weights = pytest.mark.skipif(
+    not (os.environ.get("ARBSCALE_WEIGHTS") and WEIGHTS.is_file()),
+    reason="ARBSCALE_WEIGHTS names no folder with alexnet_features.pth",
+)
+
+
+def pictures(n: int, size=64, seed: int = 0) -> torch.Tensor:
+    shape = (n, 3, size, size)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    """Keep every cache in a fresh folder, and the network out of reach."""
+
+    def unreachable(*args, **options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("ARBSCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+
+
+def test_encoder_features_are_means_over_quarters():
+    network = extractor("encoder")
+    images = pictures(5, 128)
+    found = network(images)
+    assert found.shape == (5, network.dimensions) and found.dtype == torch.float32
+    encoder = ArbitraryScaleModel.load("photos-tiny").first_stage.encoder
+    h = encoder.stem(((images + 1) * 127.5).round() / 127.5 - 1)
+    for level, down in zip(encoder.levels, [*encoder.downs, torch.nn.Identity()], strict=True):
+        h = down(level(h))
+    h = F.silu(encoder.norm(encoder.middle(h)))
+    half = h.shape[-1] // 2
+    quarters = [h[..., :half, :half], h[..., :half, half:], h[..., half:, :half]]
+    quarters = torch.stack([q.mean((2, 3)) for q in [*quarters, h[..., half:, half:]]], dim=2)
+    torch.testing.assert_close(found, quarters.flatten(1).detach(), rtol=1e-3, atol=1e-4)
+    assert str(network.dimensions) in network.label and "FID" not in network.label
+
+
+@needs_weights
+def test_alexnet_features_are_torchvisions():
+    torchvision = pytest.importorskip("torchvision")
+    network = extractor("alexnet")
+    images = pictures(3)
+    model = torchvision.models.alexnet().eval()
+    state = torch.load(WEIGHTS, weights_only=True)
+    model.load_state_dict(state, strict=False)
+    levels = ((images + 1) * 127.5).round() / 127.5 - 1
+    normal = torchvision.transforms.functional.normalize(
+        resize(levels, 224) / 2 + 0.5, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    )
+    with torch.no_grad():
+        expected = F.relu(model.features[:11](normal)).mean((2, 3))
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
+    assert network.dimensions == 256 == expected.shape[1]
+
+
+def test_extractors_refuse_what_is_no_picture():
+    network = Extractor("n", "n", 3, "0", lambda x: x.float().mean((2, 3)))
+    with pytest.raises(ValueError, match="NaN"):
+        network(torch.full((1, 3, 4, 4), math.nan))
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\).*uint8"):
+        network(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="unknown features 'clip'; take one of encoder, alexnet"):
+        extractor("clip")
+
+
+def test_backbones_are_searched_for_in_order(tmp_path, monkeypatch):
+    own, cache = tmp_path / "own", tmp_path / "torch/hub/checkpoints"
+    own.mkdir()
+    cache.mkdir(parents=True)
+    monkeypatch.delenv("ARBSCALE_WEIGHTS", raising=False)
+    assert backbone_file("alexnet") is None
+    with pytest.raises(FileNotFoundError, match="ARBSCALE_WEIGHTS.*alexnet_features.pth"):
+        backbone_state("alexnet")
+    state = {"features.0.weight": torch.ones(1), "classifier.1.weight": torch.ones(1)}
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: state)
+    assert list(backbone_state("alexnet")) == ["features.0.weight"]
+    monkeypatch.setenv("ARBSCALE_WEIGHTS", str(own))
+    torch.save({"features.0.weight": torch.zeros(2)}, own / "alexnet_features.pth")
+    assert backbone_file("alexnet") == own / "alexnet_features.pth"
+    assert backbone_state("alexnet")["features.0.weight"].shape == (2,)
+    torch.save(state, cache / "alexnet-owt-7be5be79.pth")
+    assert backbone_file("alexnet") == cache / "alexnet-owt-7be5be79.pth"
+    torch.save(state, own / "squeezenet1_1-b8a52dc0.pth")
+    assert backbone_file("squeezenet1_1") == own / "squeezenet1_1-b8a52dc0.pth"
+
+
+def test_reference_features_are_computed_once():
+    calls = []
+
+    def network(images):
+        calls.append(len(images))
+        return images.float().mean((2, 3))
+
+    images = pictures(6)
+    colours = Extractor("colours", "mean colours", 3, "first weights", network)
+    first = reference_features("64 px", images, colours, lambda: images.split(2))
+    assert first.shape == (6, 3) and calls == [2, 2, 2]
+    again = reference_features("64 px", images, colours, lambda: images.split(2))
+    assert torch.equal(first, again) and len(calls) == 3
+    others = Extractor("colours", "mean colours", 3, "other weights", network)
+    reference_features("64 px", images, others, lambda: images.split(2))
+    reference_features("32 px", images, colours, lambda: images.split(2))
+    reference_features("64 px", images[:4], colours, lambda: images[:4].split(2))
+    assert len(calls) == 3 + 3 + 3 + 2
+
+
+def test_fingerprints_tell_sets_apart(tmp_path):
+    for i in range(2):
+        to_pil(pictures(1, 16, seed=i)[0]).save(tmp_path / f"{i}.png")
+    folder = fingerprint(ImageFolder(tmp_path))
+    assert folder == fingerprint(ImageFolder(tmp_path))
+    to_pil(pictures(1, 20)[0]).save(tmp_path / "1.png")
+    assert folder != fingerprint(ImageFolder(tmp_path))
+    scenes = [ContinuousScenes(9, 16, 0, "val"), ContinuousScenes(9, 16, 0, "test")]
+    assert len({folder, *(fingerprint(x) for x in scenes), fingerprint(list(pictures(2)))}) == 4
+
+
+def test_the_cache_is_in_the_users_folder(tmp_path, monkeypatch):
+    from arbscale.evaluation.features import cache_folder
+
+    monkeypatch.delenv("ARBSCALE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "arbscale"

@@ -1,0 +1,130 @@
+"""Scores of pictures against their truth, with an untrained miniature."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from arbscale import ArbitraryScaleModel, evaluation, metrics, presets
+from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
+from arbscale.evaluation import (
+    Partial,
+    Sampling,
+    evaluate_pairs,
+    reconstruction_rows,
+    upscaling_rows,
+)
+from arbscale.evaluation.pairs import HALF, OWN
+from arbscale.evaluation.protocols import PROTOCOLS, eight_bits
+from arbscale.model import back_project
+
+WHOLE = PROTOCOLS["whole"]
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    return [ArbitraryScaleModel(presets.tiny(low)).eval() for low in (None, 8)]
+
+
+def photo(height: int = 50, width: int = 44) -> torch.Tensor:
+    grid = torch.rand((1, 3, 6, 6), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return F.interpolate(grid, (height, width), mode="bilinear")[0]
+
+
+def test_scenes_are_compared_with_the_exact_scene(models):
+    scenes = ContinuousScenes(5, 20, seed=3, split="test")
+    rows = reconstruction_rows(models[0], scenes, 2, 1.5, WHOLE)
+    scene = sample_scenes(1, 3, scenes.first + 2)
+    assert torch.equal(rows["truth"], render_scenes(scene, 48))
+    assert list(rows) == ["truth", "bicubic", OWN, "ours (first stage)"]
+    low = eight_bits(render_scenes(scene, 32))
+    assert torch.equal(rows["bicubic"], resize(low, 48))
+    z = models[0].first_stage.encode(low)
+    torch.testing.assert_close(rows["ours (first stage)"], models[0].decode(z, 48))
+    own = eight_bits(models[0].decode(z, 32))
+    torch.testing.assert_close(rows[OWN], resize(own, 48), atol=0.01, rtol=0)
+    with pytest.raises(ValueError, match="paper_faces fixes the low size"):
+        reconstruction_rows(models[0], scenes, 2, 1.5, PROTOCOLS["paper_faces"])
+
+
+def test_photographs_are_cropped_to_whole_latents(models):
+    rows = reconstruction_rows(models[0], [photo(51, 45)], 0, 2, WHOLE)
+    assert models[0].first_stage.factor == 2
+    assert {x.shape for x in rows.values()} == {(1, 3, 48, 44)}
+    assert torch.equal(rows["truth"][0], photo(51, 45)[:, :48, :44])
+    with pytest.raises(ValueError, match="smaller than a latent pixel of 2 px"):
+        reconstruction_rows(models[0], [photo(8, 8)], 0, 6, WHOLE)
+
+
+def test_from_x4_on_the_own_output_at_half_the_size_is_a_baseline(models):
+    rule = PROTOCOLS["faces_64"]
+    rows = reconstruction_rows(models[0], [photo(260, 280)], 0, 4, rule)
+    assert list(rows) == ["truth", "bicubic", OWN, HALF, "ours (first stage)"]
+    assert {x.shape for x in rows.values()} == {(1, 3, 256, 256)}
+    z = models[0].first_stage.encode(eight_bits(resize(rows["truth"], 64)))
+    half = eight_bits(models[0].decode(z, 128))
+    torch.testing.assert_close(rows[HALF], resize(half, 256), atol=0.01, rtol=0)
+    assert HALF not in reconstruction_rows(models[0], [photo(260, 280)], 0, 3.9, rule)
+
+
+def test_upscaling_has_its_baselines(models):
+    low, high = WHOLE.pair(photo(), 2)
+    rows = upscaling_rows(models[1], photo(), 2, WHOLE, Sampling(steps=2, seed=4))
+    assert torch.equal(rows["truth"][0], high)
+    assert torch.equal(rows["bicubic"][0], resize(low, high.shape[-2:]))
+    expected = models[1].upscale(low, size=tuple(high.shape[-2:]), seed=4, steps=2)
+    assert torch.equal(rows["ours"][0], expected)
+    ceiling = rows["first stage (ceiling)"][0]
+    assert not torch.equal(ceiling, expected)
+    again = back_project(ceiling, low).clamp(-1, 1)
+    assert (again - ceiling).abs().mean() < 0.02  # it agrees with its input already
+
+
+def test_score_is_the_metrics_with_border_and_space():
+    truth = photo()[None]
+    rows = {"truth": truth, "worse": (truth + 0.1).clamp(-1, 1)}
+    found = score = evaluation.score(rows, "y", 4, with_lpips=False)["worse"]
+    assert score == {
+        "psnr": metrics.psnr(rows["worse"], truth, "y", 4),
+        "ssim": metrics.ssim(rows["worse"], truth, "y", 4),
+    }
+    assert set(found) == {"psnr", "ssim"}
+
+
+def test_means_are_over_pictures_and_an_interruption_is_survived(tmp_path, monkeypatch):
+    truth = photo()[None]
+    shifts = {0: 0.1, 1: 0.2, 2: 0.3}
+    asked = []
+
+    def rows(index, scale):
+        asked.append((index, scale))
+        if len(asked) == 3 and index == 2:
+            raise KeyboardInterrupt
+        return {"truth": truth, "grey": (truth + shifts[index] / scale).clamp(-1, 1)}
+
+    def run():
+        partial = Partial(tmp_path / "p", {"a": 1})
+        return evaluate_pairs(rows, WHOLE, [1, 2], 3, partial, False)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    results = run()
+    assert asked == [(0, 1), (1, 1), (2, 1), (2, 1), (0, 2), (1, 2), (2, 2)]
+    expected = [
+        metrics.psnr((truth + s / 2).clamp(-1, 1), truth, "rgb", 0) for s in shifts.values()
+    ]
+    assert results["2"]["grey"]["psnr"] == pytest.approx(sum(expected) / 3)
+    assert list(results) == ["1", "2"]
+
+
+def test_lpips_or_why_not(monkeypatch, capsys):
+    def missing(*images):
+        raise FileNotFoundError("no weights; get them")
+
+    monkeypatch.setattr(metrics, "lpips", missing)
+    assert not evaluation.lpips_or_why_not()
+    assert "without LPIPS: no weights; get them" in capsys.readouterr().err
+    monkeypatch.setattr(metrics, "lpips", lambda *images: 0.0)
+    assert evaluation.lpips_or_why_not()

@@ -1,0 +1,145 @@
+"""Reports: nothing is left out, and nothing is called what it is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from arbscale.evaluation import reports
+
+MACHINE = {"device": "cpu", "threads": 2, "processor": "x86_64"}
+
+
+def generated(features: str) -> dict:
+    row = {"size": [64, 96], "method": "ours", "pictures": 1000, "distance": 12.345}
+    row |= {"distance_pm": 0.123, "precision": 0.5, "precision_pm": 0.01}
+    row |= {"recall": 0.25, "recall_pm": 0.02}
+    matrix = [[1.0, 0.98765], [0.9, 1.0]]
+    return {
+        "task": "generate",
+        "model": "m",
+        "protocol": {
+            "data": "cats",
+            "split": "train",
+            "pictures": 1000,
+            "reference": 900,
+            "real pictures": "antialiased bicubic",
+            "features": features,
+            "distance over": "network A",
+            "precision and recall over": "network B, k = 3",
+            "interval": "two standard errors",
+            "sampling": {"sampler": "ddim", "steps": 20, "seed": 3},
+        },
+        "machine": MACHINE,
+        "command": "python -m arbscale evaluate m",
+        "results": {
+            "rows": [row],
+            "self_ssim": {
+                "pictures": 100,
+                "sizes": [[64, 96], [32, 48]],
+                "ours": {"clean": matrix},
+            },
+            "patches": {"side": 64, "sizes": [64, 128], "patches": 1000, "distance": 1.5},
+            "neighbours": {"pictures": 800, "levels": [0.05, 0.5], "ours": [1.25, 2.5]},
+        },
+    }
+
+
+def test_a_table_of_generated_pictures():
+    text = reports.table(generated("alexnet"))
+    assert "FID |" not in text and "FID:" not in text
+    assert "| 64 x 96 | ours | 1000 | 12.35 ± 0.12 | 0.500 ± 0.010 | 0.250 ± 0.020 |" in text
+    assert "Fréchet distance, alexnet features" in text and "no FID" in text
+    assert "| ours | clean | 64 x 96 | 1.0000 | 0.9877 |" in text
+    assert "nearest of 800 training pictures" in text and "| ours | 1.25 | 2.5 |" in text
+    for fact in ("cats, train", "network A", "network B, k = 3", "900 real", "ddim, 20 steps"):
+        assert fact in text
+    same = generated("alexnet")
+    same["protocol"]["distance over"] = "network B"
+    assert "precision and recall over network B, k = 3; against" in reports.table(same)
+    assert text.endswith("By `python -m arbscale evaluate m`.")
+    inception = reports.table(generated("inception"))
+    assert "| FID |" in inception and "Patch FID: 1.5 over 1000" in inception
+
+
+def test_a_table_of_pairs_and_of_speeds():
+    values = {"psnr": 27.125, "ssim": 0.81236, "lpips": 0.1}
+    report = {
+        "task": "upscale",
+        "model": "m",
+        "protocol": {"lpips": None, "name": "div2k", "space": "rgb", "shave": 6},
+        "machine": MACHINE,
+        "command": "c",
+        "results": {"3.7": {"bicubic": values}},
+    }
+    text = reports.table(report)
+    assert "| x3.7 | bicubic | 27.12 | 0.8124 |" in text and "LPIPS" not in text
+    assert "protocol div2k (RGB, border scale + 6); cpu, threads: 2" in text
+    report["protocol"] |= {"lpips": "v0.1", "shave": None}
+    assert "| 0.1000 |" in reports.table(report) and "no border" in reports.table(report)
+    row = {"size": [8, 8], "task": "decoding alone", "images_per_second": 4.0, "seconds": 0.5}
+    row |= {"spread": 0.01, "repeats": 3, "peak_megabytes": None}
+    speeds = {**report, "task": "bench", "results": [row, {**row, "peak_megabytes": 123.4}]}
+    speeds["protocol"] = {"batch": 2, "precision": "float32"}
+    text = reports.table(speeds)
+    assert "| 8 x 8 | decoding alone | 4 | 500 | 10 | 3 | - |" in text and "| 123 |" in text
+    row["repeats"] = 1  # has no spread
+    assert "| 500 | - | 1 | - |" in reports.table({**speeds, "results": [row]})
+
+
+def test_reports_are_written_whole_and_read_back(tmp_path):
+    path = tmp_path / "results/a.json"
+    reports.write(generated("encoder"), path)
+    assert reports.read(path) == generated("encoder")
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+    with pytest.raises(FileNotFoundError, match="check the path"):
+        reports.read(tmp_path / "b.json")
+    for text in ("{", json.dumps({"task": 1}), "[]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="no report of"):
+            reports.read(path)
+
+
+def test_rows_of_before_the_alignment_stand_in_the_same_table(tmp_path):
+    pairs = {**generated("encoder"), "task": "upscale"}
+    pairs["results"] = {"2": {"ours": {"psnr": 0.5}, "ceiling": {"psnr": 3.0}}}
+    for report in (pairs, generated("encoder")):
+        path = tmp_path / report["task"] / "a.json"
+        reports.write(report, path)
+        assert reports.read_with_unaligned(path) == report
+        before = json.loads(json.dumps(report).replace("0.5", "0.75"))
+        reports.write(before, path.parent / "unaligned/a.json")
+        found = reports.read_with_unaligned(path)["results"]
+        if report is pairs:
+            assert list(found["2"]) == ["ours", "ceiling", "ours, before the alignment"]
+            assert [row["psnr"] for row in found["2"].values()] == [0.5, 3.0, 0.75]
+        else:
+            names = [row["method"] for row in found["rows"]]
+            assert names == ["ours", "ours, before the alignment"]
+            assert [row["precision"] for row in found["rows"]] == [0.5, 0.75]
+        reports.write({**before, "protocol": {"data": "others"}}, path.parent / "unaligned/a.json")
+        with pytest.raises(ValueError, match="another protocol"):
+            reports.read_with_unaligned(path)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = [p for p in sorted(ROOT.glob("data/*/*.json")) if p.name != "manifest.json"]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_published_results_are_of_the_weights_that_ship(path):
+    files = json.loads((path.parent / "manifest.json").read_text())["files"]
+    assert json.loads(path.read_text())["weights"] == [file["sha256"] for file in files]
+
+
+@pytest.mark.parametrize(
+    "path", [*PUBLISHED, ROOT / "data" / "ablation.json"], ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
+def test_published_tables_are_those_of_the_command(path):
+    """Nothing between a measurement and the README was typed by hand."""
+    text = reports.table(reports.read_with_unaligned(path))
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    published = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert rows and not [row for row in rows if row not in published]

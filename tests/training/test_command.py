@@ -1,0 +1,226 @@
+"""`python -m arbscale train`: what it reads, writes, resumes and refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from arbscale import ArbitraryScaleModel, data, presets, store
+from arbscale.__main__ import main
+from arbscale.training import command, read_log, read_summary, stages
+from arbscale.training.command import parse
+
+SMALL = {"image_size": 16, "target_sizes": (8, 16), "first_stage_batch": 2, "diffusion_batch": 4}
+PAPER = ("paper_generation_256", "paper_faces_sr", "paper_div2k_sr", "paper_tower_sr")
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Return a function that trains a miniature and gives the status and the last error line."""
+    monkeypatch.chdir(tmp_path)
+    for low_size, name in ((None, "small"), (4, "small-sr")):
+        preset = replace(presets.tiny(low_size), **SMALL)
+        monkeypatch.setitem(presets.PRESETS, name, lambda preset=preset: preset)
+
+    def call(words):
+        status = main(["train", *words.split()])
+        return status, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
+
+    return call
+
+
+# Options ------------------------------------------------------------------------------------------
+
+
+def test_every_number_can_be_changed():
+    options = parse(
+        "tiny -o a/mine --preset.diffusion-batch 8 --preset.multipliers 1 2 --preset.prediction v "
+        "--precision bf16 --workers 2 --resume --steps 1 2 3 4 --max-weight 5 --joint".split()
+    )
+    assert options.preset.multipliers == (1, 2) and options.preset.diffusion_batch == 8
+    assert options.preset.prediction == "v" and options.joint and options.max_weight == 5
+    assert options.run.precision == "bf16" and options.run.workers == 2 and options.run.resume
+    assert options.steps == (1, 2, 3, 4) and str(options.run.folder) == "runs/mine"
+    assert str(parse("tiny -o mine --folder here".split()).run.folder) == "here"
+
+
+@pytest.mark.parametrize("family", ["cats", "photos"])
+def test_the_script_of_the_shipped_models_trains_on_from_what_it_wrote(
+    family, tmp_path, monkeypatch
+):
+    root = Path(__file__).resolve().parents[2]
+    (tmp_path / "data/afhq_cats/hi256").mkdir(parents=True)
+    script = shutil.copy(root / "data/train.sh", tmp_path / "data")
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\necho "$*" >> "$0.log"\n')
+    python.chmod(0o755)
+    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ARBSCALE_DATA": str(tmp_path / "data")}
+    subprocess.run(["bash", script, family], env=paths | {"SCALE": "3"}, check=True)
+    begun = {"preset": presets.get(family).to_dict()}
+    monkeypatch.setattr(store, "find", lambda name: name)
+    monkeypatch.setattr(store, "read_manifest", lambda folder: begun)
+    stages, written, folders = [0] * 4, [None], set()
+    for line in (tmp_path / "python3.log").read_text().splitlines():
+        options = parse(line.split(" arbscale train ")[1].split())
+        assert options.start == written[-1] and options.run.resume
+        assert options.preset.image_size == begun["preset"]["image_size"]
+        written.append(str(options.output))
+        folders.add(options.run.folder)
+        stages = [a + b for a, b in zip(stages, options.steps, strict=True)]
+    assert written[-1] == f"data/{family}" and len(folders) == len(written) - 1
+    assert stages[0] == 0 and min(stages[1:]) > 0 and stages[1] % 3 == 0
+
+
+def test_help_lists_them(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for option in ("--preset.first-stage-lr", "--accumulation", "--output", "--subset"):
+        assert option in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("", "name a preset first"),
+        ("--joint small", "name a preset first"),
+        ("huge -o o", "no preset 'huge'"),
+        ("small", "-o PATH"),
+        ("small -o o --preset.colour 3", "Unrecognized options: --preset.colour"),
+        ("small -o o --steps 1 2 3", "Expected 4 values"),
+        ("small -o o --steps 1 2 3 -4", "at least 0"),
+        ("small -o o --pool 1", "at least 2"),
+        ("small -o o --larger photos", "add --whole"),
+        ("small -o o --data photos --whole", "only square pictures"),
+        ("small -o o --precision fp8", "'fp8'"),
+        ("small -o o --accumulation 0", "at least 1"),
+        ("small -o o --preset.prediction x0", "'eps' or 'v'"),
+        ("small -o o --preset.target-sizes 9 8", "smallest"),
+        ("small -o o --preset.lpips-weight 1", "LPIPS"),
+        ("small -o o --start nowhere", "no model"),
+        ("small -o o --data nowhere", "nowhere"),
+        ("small -o o --accumulation 3", "take a multiple of 3"),
+    ],
+)
+def test_nonsense_gives_one_line_and_status_2(run, tmp_path, monkeypatch, words, hint):
+    monkeypatch.setenv("ARBSCALE_DATA", str(tmp_path))
+    status, line = run(words)
+    assert status == 2 and line.startswith("arbscale: ") and hint in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_is_split_as_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        data, "open_dataset", lambda *a, **k: asked.append((a, k)) or [torch.zeros(3, 40, 40)]
+    )
+    options = parse("tiny -o o --data pics --parts 800 100 100 --subset 9".split())
+    command._source(options, options.preset)
+    assert asked == [(("pics", "train"), {"parts": (800, 100, 100), "subset": 9})]
+
+
+def test_square_pictures_are_taken_whole(monkeypatch):
+    sides = {"small": 40, "large": 80}
+    monkeypatch.setattr(data, "open_dataset", lambda name, _: [torch.zeros(3, *2 * [sides[name]])])
+    options = parse("tiny -o o --data small --whole --larger large".split())
+    source, generator = command._source(options, options.preset), torch.Generator()
+    assert {source(1, generator).largest for _ in range(60)} == {40, 80}
+    options = parse("tiny -o o --data small --whole".split())
+    assert command._source(options, options.preset)(1, generator).largest == 40
+
+
+# Runs ---------------------------------------------------------------------------------------------
+
+
+def test_the_run_folder_and_the_weights(run, tmp_path):
+    assert run("small --pool 8 --steps 2 2 2 2 -o mine --log-every 1")[0] == 0
+    folder = tmp_path / "runs" / "mine"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["options"]["preset"]["image_size"] == 16
+    assert config["options"]["run"]["log_every"] == 1 and config["torch"]
+    assert set(read_summary(folder)) == {"autoencoder", "decoder", "diffusion", "alignment"}
+    assert len(read_log(folder)) == 8
+    manifest = store.read_manifest(tmp_path / "mine")
+    assert set(manifest["losses"]) == {"first stage", "diffusion", "alignment"}
+    status, line = run("small --pool 8 --steps 2 2 2 2 -o mine")
+    assert status == 2 and "already holds a run; add --resume" in line
+    status, line = run("small --pool 8 --steps 2 2 2 2 -o mine --resume --joint")
+    assert status == 2 and "joint was False and is True" in line
+
+
+def test_a_stopped_run_is_resumed(run, tmp_path, monkeypatch):
+    words = "small --pool 8 --steps 2 3 4 2 --save-every 1 --sample-every 0"
+    assert run(f"{words} -o whole")[0] == 0
+    draw = stages.DiffusionStage.draw
+
+    def unlucky(self, generator, part):
+        if not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(self, generator, part)
+
+    monkeypatch.setattr(stages.DiffusionStage, "draw", unlucky)
+    status, line = run(f"{words} -o mine")
+    assert status == 2 and "diffusion: stopped by SIGTERM" in line and "resume" in line
+    assert run(f"{words} -o mine --resume")[0] == 0
+    whole, mine = (ArbitraryScaleModel.load(tmp_path / name) for name in ("whole", "mine"))
+    assert whole.scale_factor == mine.scale_factor
+    pairs = zip(whole.state_dict().values(), mine.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_one_command_a_stage(run, tmp_path):
+    """Each starts from what the one before wrote; its numbers may change, its network not."""
+    assert run("small-sr --data photos --steps 1 2 0 0 -o first")[0] == 0
+    more = "small-sr --data photos --pool 8"
+    assert run(f"{more} --start first --steps 0 0 2 0 --preset.diffusion-lr 1e-6 -o second")[0] == 0
+    assert run(f"{more} --start second --steps 0 0 0 1 -o third")[0] == 0
+    first, third = (ArbitraryScaleModel.load(tmp_path / name) for name in ("first", "third"))
+    assert third.preset.diffusion_lr == 1e-6 and len(third.manifest["commands"]) == 3
+    pairs = zip(
+        first.first_stage.state_dict().values(),
+        third.first_stage.state_dict().values(),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+    status, line = run(f"{more} --start first --preset.latent-channels 8 -o other")
+    assert status == 2 and "change only numbers of the training" in line
+
+
+def test_profile(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("arbscale.training.profiling.STEPS", 3)
+    monkeypatch.setattr("arbscale.training.profiling.WARM_UP", 1)
+    monkeypatch.setattr("arbscale.training.profiling.POOL", 8)
+    assert run("small --profile -o mine")[0] == 0
+    text = (tmp_path / "mine" / "profile.txt").read_text()
+    stages = [line.split()[0] for line in text.splitlines()[:4]]
+    assert stages == ["autoencoder", "decoder", "diffusion", "alignment"]
+    assert text.count("waiting for data") == 4 and text.count("aten::") > 20
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_presets_start_save_and_resume(run, tmp_path, name):
+    """Their depth, sizes halved again and again, and their widths cut: two steps of each stage."""
+    preset = presets.get(name)
+    low = f"--preset.low-size {preset.low_size // 8 or 1} " if preset.low_size else ""
+    words = (
+        f"{name} --pool 2 --steps 2 2 2 2 --save-every 1 --sample-every 0 {low}"
+        "--preset.channels 32 --preset.unet-channels 64 --preset.blocks 1 --preset.unet-blocks 1 "
+        f"--preset.image-size {preset.image_size // 8} --preset.target-sizes 8 16 "
+        "--preset.first-stage-batch 1 --preset.diffusion-batch 1 "
+        "--data " + ("photos" if low else "scenes")
+    )
+    assert run(f"{words} -o mine")[0] == 0
+    before = (tmp_path / "mine" / "manifest.json").read_text()
+    assert run(f"{words} -o mine --resume")[0] == 0
+    after = (tmp_path / "mine" / "manifest.json").read_text()
+    assert json.loads(after)["files"] == json.loads(before)["files"]
+    assert json.loads(after)["preset"]["name"] == name

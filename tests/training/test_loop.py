@@ -1,0 +1,289 @@
+"""The loop: schedule, average, checkpoints, and how it ends when something goes wrong."""
+
+import os
+import signal
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from arbscale import presets
+from arbscale.training import (
+    Run,
+    Stage,
+    checkpoints,
+    optimise,
+    read_log,
+    read_summary,
+    step_generator,
+)
+from arbscale.training.loop import learning_rate
+
+
+class Line(Stage):
+    """Learns to add three numbers; `on_step` is called with each step's number of looks."""
+
+    name, batch, lr, unit = "line", 8, 0.1, "sums"
+    preset = presets.tiny()
+
+    def __init__(self, on_step=lambda step: None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.on_step, self.looks = nn.Linear(3, 1), on_step, 0
+
+    @property
+    def averaged(self):
+        return self.net
+
+    def draw(self, generator, part):
+        return {"x": torch.randn(self.batch, 3, generator=generator)[part]}
+
+    def forward(self, x):
+        self.looks += 1
+        self.on_step(self.looks)
+        return (self.net(x) - x.sum(1, keepdim=True)).square().mean()
+
+    def preview(self):
+        return [(torch.zeros(3, 8, 8), "black")]
+
+
+def trained(stage=None, steps=12, **options) -> tuple[list[float], torch.Tensor]:
+    stage = stage or Line()
+    losses = optimise(stage, steps, run=Run(**options))
+    return losses, stage.net.weight.detach()
+
+
+# The schedule and the average ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [5, 100, 3000])
+def test_the_learning_rate_is_pytorchs_warm_up_and_cosine(steps):
+    net = nn.Linear(1, 1)
+    optimiser = torch.optim.SGD(net.parameters(), lr=1.0)
+    warm = max(1, min(100, steps // 10))
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimiser,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimiser, 1 / warm, total_iters=warm),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps - warm),
+        ],
+        milestones=[warm],
+    )
+    for step in range(steps):
+        assert learning_rate(step, steps, 100) == pytest.approx(schedule.get_last_lr()[0], abs=1e-6)
+        optimiser.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            schedule.step()
+
+
+def test_the_average_of_the_weights_by_hand():
+    history = []
+    stage = Line(lambda step: history.append(stage.net.weight.detach().clone()))
+    start = stage.net.weight.detach().clone()
+    optimise(stage, 12)
+    average = start
+    for step, weight in enumerate(history[1:]):  # seen before the next step
+        decay = min(0.999, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
+    left = stage.net.weight.detach()
+    bound = (left - average).abs().max()  # the last step's share is at most (1 - 12/21) of a move
+    assert 0 < bound < 0.12
+    assert not torch.allclose(left, history[-1])
+
+
+def test_a_step_is_a_function_of_its_number():
+    draws = [
+        torch.rand(3, generator=step_generator(*key)).tolist()
+        for key in ((0, "a", 0), (0, "a", 1), (0, "b", 0), (1, "a", 0), (-1, "a", 0))
+    ]
+    assert len({tuple(draw) for draw in draws}) == len(draws)
+    assert draws[1] == torch.rand(3, generator=step_generator(0, "a", 1)).tolist()
+
+
+def test_workers_and_parts_change_nothing():
+    losses, weight = trained()
+    again, same = trained(workers=2)
+    assert again == losses and torch.equal(weight, same)
+    parts, close = trained(accumulation=4)
+    assert parts == pytest.approx(losses, abs=1e-6)
+    torch.testing.assert_close(close, weight)
+
+
+def test_the_global_generator_is_left_alone():
+    torch.manual_seed(5)
+    stage = Line()
+    state = torch.get_rng_state()
+    optimise(stage, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Checkpoints and resumption -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 11])
+def test_a_resumed_run_ends_as_if_nothing_had_happened(tmp_path, stop):
+    def interrupt(step):
+        if step == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = trained(folder=tmp_path / "whole")
+    with pytest.raises(RuntimeError, match=f"stopped by SIGTERM; .* of step {stop} in"):
+        trained(Line(interrupt), folder=tmp_path / "cut", save_every=3)
+    losses, weight = trained(folder=tmp_path / "cut", resume=True, save_every=3)
+    assert losses == whole[0] and torch.equal(weight, whole[1])
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_finished_stage_is_not_trained_again(tmp_path):
+    losses, weight = trained(folder=tmp_path)
+    stage = Line()
+    again, same = trained(stage, folder=tmp_path, resume=True)
+    assert stage.looks == 0 and again == losses and torch.equal(same, weight)
+
+
+def test_checkpoints_are_rotated_and_one_is_left(tmp_path):
+    seen = []
+    folder = tmp_path / "checkpoints" / "line"
+    trained(
+        Line(lambda _: seen.append(len(checkpoints.saved(folder)))),
+        folder=tmp_path, save_every=1, keep=2,
+    )  # fmt: skip
+    assert max(seen) == 2
+    assert [path.name for path in checkpoints.saved(folder)] == ["step-00000012"]
+
+
+def test_a_damaged_newest_checkpoint_costs_time_alone(tmp_path):
+    def interrupt(step):
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = trained()
+    with pytest.raises(RuntimeError):
+        trained(Line(interrupt), folder=tmp_path, save_every=3)
+    newest = checkpoints.saved(tmp_path / "checkpoints" / "line")[0]
+    (newest / "state.safetensors").write_bytes(b"nothing")
+    with pytest.warns(UserWarning, match="damaged"):
+        losses, weight = trained(folder=tmp_path, resume=True)
+    assert losses == whole[0] and torch.equal(weight, whole[1])
+
+
+def test_a_run_is_not_overwritten_nor_mixed(tmp_path):
+    trained(folder=tmp_path, steps=4)
+    with pytest.raises(ValueError, match="already holds a run of line: resume it"):
+        trained(folder=tmp_path, steps=4)
+    with pytest.raises(ValueError, match="other settings .steps was 4 and is 6"):
+        trained(folder=tmp_path, steps=6, resume=True)
+
+
+# Bad ends -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "what"), [("loss", "loss became nan"), ("grad", "gradient became")]
+)
+def test_what_is_not_finite_stops_before_it_spoils_anything(tmp_path, bad, what):
+    stage = Line()
+
+    def forward(x):
+        loss = Line.forward(stage, x)
+        if stage.looks < 8:
+            return loss
+        return loss * float("nan") if bad == "loss" else loss + (stage.net.weight * 0).sum().sqrt()
+
+    stage.forward = forward
+    with pytest.raises(RuntimeError, match=f"line: the {what}.*lower learning rate.*of step 6"):
+        trained(stage, folder=tmp_path, save_every=3)
+    state, record = checkpoints.load_newest(tmp_path / "checkpoints" / "line")
+    assert record["step"] == 6 and all(t.isfinite().all() for t in state.values())
+
+
+def test_a_full_disk_ends_with_the_old_checkpoint(tmp_path, monkeypatch):
+    save, saves = checkpoints.save_file, []
+
+    def full(tensors, path):
+        saves.append(path)
+        if len(saves) == 2:
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(RuntimeError, match="No space left.*the checkpoint of step 3 .* is intact"):
+        trained(folder=tmp_path, save_every=3)
+    monkeypatch.undo()
+    losses, weight = trained(folder=tmp_path, resume=True)
+    whole = trained()
+    assert losses == whole[0] and torch.equal(weight, whole[1])
+
+
+def test_without_a_folder_nothing_is_promised(monkeypatch):
+    stage = Line()
+    stage.forward = lambda x: stage.net(x).mean() * float("inf")
+    with pytest.raises(RuntimeError, match="take a lower learning rate$"):
+        trained(stage)
+
+
+def test_a_batch_that_cannot_be_shared():
+    with pytest.raises(ValueError, match="8 pictures a step .* take a multiple of 3"):
+        trained(accumulation=3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"resume": True},
+        {"save_every": 0},
+        {"workers": -1},
+        {"precision": "fp8"},
+        {"clip": 0.0},
+        {"ema_decay": 1.0},
+    ],
+)
+def test_nonsense_is_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Run(**options)
+
+
+# What is left to look at --------------------------------------------------------------------------
+
+
+def test_the_run_folder(tmp_path):
+    losses, _ = trained(folder=tmp_path, log_every=5, sample_every=6)
+    lines = read_log(tmp_path)
+    assert [line["step"] for line in lines] == [5, 10, 12]
+    assert [line["loss"] for line in lines] == [losses[4], losses[9], losses[11]]
+    assert all(0 <= line["waiting"] <= 1 and line["rate"] > 0 for line in lines)
+    assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == [
+        "line-00000006.png",
+        "line-00000012.png",
+    ]
+    note = read_summary(tmp_path)["line"]
+    assert note["steps"] == 12 and note["loss"] == pytest.approx(sum(losses) / 12)
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_tensorboard_reads_it(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses, _ = trained(folder=tmp_path, log_every=1, sample_every=6)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    read = [event.value for event in events.Scalars("line/loss")]
+    assert read == pytest.approx(losses, rel=1e-5)
+    assert events.Tags()["images"] == ["line/samples"]
+
+
+def test_the_log_of_a_killed_run_has_no_line_twice(tmp_path):
+    def interrupt(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(RuntimeError):
+        trained(Line(interrupt), folder=tmp_path, log_every=1)
+    with (tmp_path / "log.jsonl").open("a") as log:  # after the checkpoint, and a line cut off
+        log.write('{"stage": "line", "step": 6, "loss": 99}\n{"stage": "li')
+    trained(folder=tmp_path, log_every=1, resume=True)
+    lines = read_log(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert max(line["loss"] for line in lines) < 99
