@@ -187,8 +187,8 @@ def _report(report: dict, output: Path | None) -> None:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Print the results in JSON files of evaluate and bench as markdown tables."""
-    print("\n\n".join(reports.table(reports.read_with_unaligned(path)) for path in args.reports))
+    """Print the results in JSON files of evaluate, bench and ablate as a markdown document."""
+    print(reports.document(args.reports))
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -375,7 +375,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", type=Path, help="a JSON file")
 
     sub = command(table)
-    sub.add_argument("reports", type=Path, nargs="+", help="JSON files")
+    sub.add_argument("reports", type=Path, nargs="+", help="JSON files, or folders of them")
 
     sub = command(bench)
     sub.add_argument("model", nargs="?", default="cats", help="name or folder; default cats")

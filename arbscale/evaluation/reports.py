@@ -6,16 +6,22 @@ import json
 import platform
 import statistics
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from arbscale.model import ArbitraryScaleModel
+from arbscale.store import MANIFEST
 
 LIBRARIES = ("arbscale", "torch", "torchvision", "numpy", "scikit-image", "lpips", "torch-fidelity")
 TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
 DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4}
+COMPARED = "Denoisers with and without a transformer"
+TITLE = """# Results
+
+Every number that was measured on the shipped models; under each table stands its command."""
 UNALIGNED = "unaligned"  # folder beside a report: the same of the weights before the alignment
 
 
@@ -82,11 +88,31 @@ def read_with_unaligned(path: Path) -> dict:
     return report
 
 
+def document(paths: Iterable[Path]) -> str:
+    """Return reports as one markdown document: a heading per model, its tables below.
+
+    A folder stands for all reports in it and below. Models come in the order of their first report,
+    comparisons of denoisers after them.
+    """
+    files = [file for path in paths for file in (_below(path) if path.is_dir() else [path])]
+    reports = [read_with_unaligned(file) for file in files]
+    sections: dict[str, list[str]] = {}
+    for report in sorted(reports, key=lambda report: report["task"] == "ablate"):
+        name = COMPARED if report["task"] == "ablate" else report["model"]
+        sections.setdefault(name, [f"## {name}"]).append(table(report))
+    return "\n\n".join([TITLE, *(part for parts in sections.values() for part in parts)])
+
+
+def _below(folder: Path) -> list[Path]:
+    found = sorted(folder.rglob("*.json"))
+    return [x for x in found if x.name != MANIFEST and x.parent.name != UNALIGNED]
+
+
 def table(report: dict) -> str:
     """Return a report as markdown: one line that says what it is, the table, the command."""
     writers = {"generate": _generation, "bench": _speed, "ablate": _ablation}
     body = writers.get(report["task"], _pairs)(report)
-    return "\n".join([_caption(report), "", *body, "", f"By `{report['command']}`."])
+    return "\n".join([_caption(report), "", *body, "", f"Measured by `{report['command']}`."])
 
 
 def _caption(report: dict) -> str:
@@ -95,7 +121,7 @@ def _caption(report: dict) -> str:
     if "data" in protocol:
         facts.append(f"data {protocol['data']}, {protocol['split']}")
     if "pictures" in protocol:
-        facts.append(f"{protocol['pictures']} pictures")
+        facts.append(f"{protocol['pictures']} images")
     if "name" in protocol:
         border = "no border" if protocol["shave"] is None else f"border scale + {protocol['shave']}"
         facts.append(f"protocol {protocol['name']} ({protocol['space'].upper()}, {border})")
@@ -133,22 +159,22 @@ def _generation(report: dict) -> list[str]:
         for row in results["rows"]
     ]
     lines = [
-        f"{_networks(protocol)}; against {protocol['reference']} real pictures "
+        f"{_networks(protocol)}; against {protocol['reference']} real images "
         f"({protocol['real pictures']}); ± is {protocol['interval']}.",
         "",
-        *_markdown(["size", "method", "pictures", distance, "precision", "recall"], rows),
+        *_markdown(["size", "method", "images", distance, "precision", "recall"], rows),
     ]
     if consistency := results["self_ssim"]:
         lines += ["", *_matrices(consistency)]
     if patches := results["patches"]:
-        kind = "Patch FID" if distance == "FID" else f"Patch distance ({distance}; no FID)"
+        kind = "Patch FID" if distance == "FID" else f"Patch distance ({distance}; not an FID)"
         lines += [
             "",
             f"{kind}: {patches['distance']:.4g} over {patches['patches']} patches of "
             f"{patches['side']} px at sizes from {patches['sizes'][0]} to {patches['sizes'][1]}.",
         ]
     if near := results.get("neighbours"):
-        columns = ["pictures", *(f"{100 * level:.0f} %" for level in near["levels"])]
+        columns = ["images", *(f"{100 * level:.0f} %" for level in near["levels"])]
         rows = [
             [method, *(f"{value:.3g}" for value in values)]
             for method, values in near.items()
@@ -156,7 +182,7 @@ def _generation(report: dict) -> list[str]:
         ]
         lines += [
             "",
-            f"Distance to the nearest of {near['pictures']} training pictures, quantiles:",
+            f"Distance to the nearest of {near['pictures']} training images, quantiles:",
             "",
             *_markdown(columns, rows),
         ]
@@ -185,7 +211,7 @@ def _matrices(consistency: dict) -> list[str]:
         for at, values in zip(sizes, matrix, strict=True)
     ]
     columns = ["method", "variant", "measured at", *(f"against {size}" for size in sizes)]
-    return [f"SelfSSIM over {consistency['pictures']} pictures:", "", *_markdown(columns, rows)]
+    return [f"SelfSSIM over {consistency['pictures']} images:", "", *_markdown(columns, rows)]
 
 
 def _speed(report: dict) -> list[str]:
@@ -202,7 +228,7 @@ def _speed(report: dict) -> list[str]:
         ]
         for row in report["results"]
     ]
-    titles = ["images a second", "ms a call", "quartiles apart, ms", "calls", "peak memory, MB"]
+    titles = ["images per second", "ms per call", "quartiles apart, ms", "calls", "peak memory, MB"]
     batch = f"Batch {report['protocol']['batch']}, {report['protocol']['precision']}."
     return [batch, "", *_markdown(["size", "task", *titles], rows)]
 
@@ -210,7 +236,7 @@ def _speed(report: dict) -> list[str]:
 def _ablation(report: dict) -> list[str]:
     """One table a comparison; one row a contestant, the mean and deviation over its seeds."""
     protocol, results = report["protocol"], report["results"]
-    titles = ["parameters, M", "multiply-adds, M", "ms a step", "kept, MB", "held-out loss"]
+    titles = ["parameters, M", "multiply-adds, M", "ms per step", "kept, MB", "held-out loss"]
     titles += ["against the first", protocol["features"] + " distance", "precision", "recall"]
     lines = [
         f"{protocol['steps']} steps, {protocol['seeds']} seeds, mean ± deviation over them. Loss: "
@@ -237,7 +263,7 @@ def _ablation(report: dict) -> list[str]:
                 ]
             )
         real = [f"{floor[key]:.3g}" for key in ("distance", "precision", "recall")]
-        rows.append(["held-out real pictures", *["-"] * 6, *real])
+        rows.append(["held-out real images", *["-"] * 6, *real])
         lines += ["", f"{title}:", "", *_markdown(["contestant", *titles], rows)]
     return lines
 
