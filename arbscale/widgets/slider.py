@@ -1,4 +1,4 @@
-"""Sliders for notebooks: each move renders, and only renders, from features computed before."""
+"""A plain slider for notebooks: each move renders, from features computed before."""
 
 from __future__ import annotations
 

@@ -1,0 +1,367 @@
+"""What the explorer shows: images that can be rendered at any size, window by window.
+
+A source has a `base` (the size that scale 1 stands for) and `render(size, window)`, which returns
+(3, height, width) in [-1, 1] on the CPU.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arbscale.autoencoder import FirstStage
+from arbscale.coords import Size, Window, scaled_size
+from arbscale.model import ArbitraryScaleModel, Progress
+from arbscale.samplers import Callback, Sampling
+from arbscale.tiles import Tile, paste
+
+MAX_PHOTO = 24_000_000  # pixels of a photograph as it is decoded for the explorer
+MAX_TRUTH = 1_024  # longer side of the original that is kept beside a reduced photograph
+STRIP = 1 << 19  # pixels rendered at a time when a whole image is saved
+
+
+class Source(Protocol):
+    """An image of any size."""
+
+    base: Size
+
+    def render(self, size: Size, window: Window) -> Tensor:
+        """Return a window of the image at `size`, (3, height, width) in [-1, 1]."""
+        ...
+
+
+class Painted:
+    """Features (1, C, h, w) under a first stage's head."""
+
+    def __init__(self, first_stage: FirstStage, features: Tensor, base: Size):
+        self.first_stage, self.features, self.base = first_stage, features, base
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, first_stage: FirstStage, z: Tensor, base: Size) -> Painted:
+        """Decode an unscaled latent (1, c, h, w) once, to be rendered often."""
+        return cls(first_stage, first_stage.features(z), base)
+
+    @torch.no_grad()
+    def render(self, size: Size, window: Window) -> Tensor:
+        """Render the window alone."""
+        return self.first_stage.render(self.features, size, window)[0].clamp(-1, 1).cpu()
+
+
+class Enlarged:
+    """A photograph (3, h, w) under super-resolution, from its latent (1, c, h', w').
+
+    As `model.paint`, but for a window: what makes a tile agree with the input is computed once, at
+    the training's scale, in place of anew at every size. The two differ by about a grey level.
+    """
+
+    def __init__(self, model: ArbitraryScaleModel, low: Tensor, z: Tensor):
+        self.model, self.low, self.z = model, low, z
+        self.base: Size = (low.shape[-2], low.shape[-1])
+        self._tiles: dict[Tile, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def render(self, size: Size, window: Window) -> Tensor:
+        """Render the window alone, from the tiles that it meets."""
+        out = torch.zeros(3, *window[2:])
+        for tile in self.model.tiles(self.base):
+            spans = (tile.top, tile.bottom), (tile.left, tile.right)
+            places = [
+                _inside(*span, *axis)
+                for span, *axis in zip(spans, self.base, size, window[:2], window[2:], strict=True)
+            ]
+            if all(len(centres) for _, centres in places):
+                (top, y), (left, x) = places
+                patch = top, left, len(y), len(x)
+                coords = torch.cartesian_prod(
+                    2 * y / (tile.bottom - tile.top) - 1, 2 * x / (tile.right - tile.left) - 1
+                ).float()
+                paste(out, self._paint(tile, size, y, x, coords), patch, coords, tile)
+        return out
+
+    def _paint(self, tile: Tile, size: Size, y: Tensor, x: Tensor, coords: Tensor) -> Tensor:
+        """Return a tile's colours (3, rows, columns) at centres y, x, in its input pixels."""
+        features, correction = self._decoded(tile)
+        sides = tile.bottom - tile.top, tile.right - tile.left
+        cells = [2 * n / m / side for n, m, side in zip(self.base, size, sides, strict=True)]
+        points = coords[None].to(features), torch.tensor([cells]).to(features)
+        rgb = self.model.first_stage.liif.query(features, *points)[0].mT.cpu()  # (3, N)
+        rgb = rgb.reshape(3, len(y), len(x))
+        if size[0] >= self.base[0] and size[1] >= self.base[1]:
+            rgb = rgb + _sampled(correction, y, x, (1.0, 1.0))
+        return rgb.clamp(-1, 1)
+
+    def _decoded(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Return a tile's features and its back-projection (3, h, w), computed once."""
+        if tile not in self._tiles:
+            stage, low = self.model.first_stage, tile.cut(self.low)
+            features = stage.features(self.z[tile.latent(self.model.zoom)])
+            factor = self.model.preset.image_size / self.model.preset.low_size
+            size = round(low.shape[-2] * factor), round(low.shape[-1] * factor)
+            rgb = stage.render(features, size)[0].cpu()
+            first = low - bicubic(rgb, (low.shape[-2], low.shape[-1]))
+            second = low - bicubic(rgb + bicubic(first, size), (low.shape[-2], low.shape[-1]))
+            self._tiles[tile] = features, first + second
+        return self._tiles[tile]
+
+    def decode(self, progress: Progress) -> None:
+        """Prepare every tile; `progress(done, total)` after each."""
+        spans = self.model.tiles(self.base)
+        for done, tile in enumerate(spans, 1):
+            with torch.no_grad():
+                self._decoded(tile)
+            progress(done, len(spans))
+
+
+class Resized:
+    """An image (3, H, W) in [-1, 1], resized by antialiased bicubic, or by nearest neighbour."""
+
+    def __init__(self, image: Tensor, nearest: bool = False):
+        self.image, self.nearest = image, nearest
+        self.base: Size = (image.shape[-2], image.shape[-1])
+
+    def render(self, size: Size, window: Window) -> Tensor:
+        """Resize what the window shows."""
+        if not self.nearest:
+            return bicubic(self.image, size, window).clamp(-1, 1)
+        axes = zip(window[:2], window[2:], self.base, size, strict=True)
+        rows, columns = (
+            ((torch.arange(start, start + n) + 0.5) * (m / total)).long().clamp(max=m - 1)
+            for start, n, m, total in axes
+        )
+        return self.image[:, rows][:, :, columns]
+
+
+class OwnOutput:
+    """Another source's output at one size, resized; it is rendered when it is first asked for."""
+
+    def __init__(self, source: Source, size: Size, nearest: bool = False):
+        self.source, self.base, self.nearest = source, size, nearest
+
+    @cached_property
+    def _resized(self) -> Resized:
+        return Resized(self.source.render(self.base, (0, 0, *self.base)), self.nearest)
+
+    def render(self, size: Size, window: Window) -> Tensor:
+        """Resize what the window shows."""
+        return self._resized.render(size, window)
+
+
+class Rendered:
+    """A function `(size, window) -> (3, height, width)` as a source.
+
+    A batch of one is taken too, as `render_scenes` and `FirstStage.render` return it.
+    """
+
+    def __init__(self, function: Callable[[Size, Window], Tensor], base: Size = (1, 1)):
+        self.function, self.base = function, base
+
+    def render(self, size: Size, window: Window) -> Tensor:
+        """Ask the function."""
+        rgb = self.function(size, window)
+        return (rgb[0] if rgb.ndim == 4 else rgb).clamp(-1, 1).cpu()
+
+
+def as_source(given: Any) -> Source:
+    """Take an image (PIL, array or tensor) as one to resize; a function (size, window) renders."""
+    from arbscale.data import to_tensor
+
+    return Rendered(given) if callable(given) else Resized(fitted(to_tensor(given), 4 * MAX_TRUTH))
+
+
+def bicubic(image: Tensor, size: Size, window: Window | None = None) -> Tensor:
+    """Resize (3, h, w) as `data.resize`, unclamped: antialiased, a = -0.5, or a window of it."""
+    top, left, height, width = window or (0, 0, *size)
+    axes = (top, height, image.shape[-2], size[0]), (left, width, image.shape[-1], size[1])
+    (y, x), shrinks = (
+        [
+            (torch.arange(start, start + n, dtype=torch.float64) + 0.5) * (m / total)
+            for start, n, m, total in axes
+        ],
+        [max(1.0, m / total) for *_, m, total in axes],
+    )
+    return _sampled(image, y, x, (shrinks[0], shrinks[1]))
+
+
+def _sampled(image: Tensor, y: Tensor, x: Tensor, shrinks: tuple[float, float]) -> Tensor:
+    """Filter (3, h, w) at centres y and x, in its pixels, with cubics `shrinks` times as wide."""
+    (rows, by_row), (columns, by_column) = (
+        _weights(centres, n, shrink)
+        for centres, n, shrink in zip((y, x), image.shape[-2:], shrinks, strict=True)
+    )
+    return by_row @ image[:, rows, columns] @ by_column.mT  # (3, len(y), len(x))
+
+
+def _weights(centres: Tensor, n: int, shrink: float) -> tuple[slice, Tensor]:
+    """Return which of n pixels are needed, and the weight (len(centres), needed) of each."""
+    reach = 2 * shrink
+    first = max(0, math.floor(float(centres.min()) - reach))
+    last = min(n, math.ceil(float(centres.max()) + reach))
+    pixels = torch.arange(first, last, dtype=torch.float64) + 0.5
+    t = (pixels - centres[:, None]).abs() / shrink
+    near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
+    weights = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
+    return slice(first, last), (weights / weights.sum(1, keepdim=True)).float()
+
+
+def _inside(low: int, high: int, n: int, total: int, start: int, length: int) -> tuple[int, Tensor]:
+    """Find the output pixels of a window whose centres lie in a tile, along one axis.
+
+    Returns the first one, counted from the window's start, and their centres, in pixels of the
+    input, counted from the tile's start.
+    """
+    centres = (torch.arange(start, start + length, dtype=torch.float64) + 0.5) * (n / total)
+    inside = (centres >= low) & (centres < high)
+    return int(inside.float().argmax()), centres[inside] - low
+
+
+# Latents ------------------------------------------------------------------------------------------
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Go `share` of the way from noise `a` to noise `b` on the great circle between them.
+
+    A straight line would pass through noise that is too weak, which no sampler was trained on.
+    """
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
+    angle = cosine.acos()
+    if angle < 1e-4:
+        return torch.lerp(a, b, share)
+    return (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
+
+
+@torch.no_grad()
+def mixed_latent(
+    model: ArbitraryScaleModel,
+    seeds: tuple[int, int],
+    share: float = 0.0,
+    steps: int = 20,
+    sampler: str = "dpm_solver_pp",
+    grid: Size | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Draw a latent (1, c, h, w) between two seeds: `model.sample` of the one at `share` 0.
+
+    The start noise is interpolated, not the latents: each value between is a sample of its own,
+    where a mean of two latents is a double exposure.
+    """
+    sampling = Sampling(steps, sampler, seeds[0])
+    generator = sampling.generator()
+    shape = (1, model.preset.latent_channels, *(grid or (model.preset.latent_size,) * 2))
+    noise = torch.randn(shape, generator=generator)
+    if share > 0:
+        other = torch.randn(shape, generator=torch.Generator().manual_seed(seeds[1]))
+        noise = slerp(noise, other, share)
+    return model._sample(model.denoise(), noise, sampling, generator, callback)
+
+
+@torch.no_grad()
+def enlarge(
+    model: ArbitraryScaleModel, low: Tensor, sampling: Sampling, progress: Progress
+) -> Enlarged:
+    """Sample the latent of a photograph (3, h, w), and decode it, tile by tile."""
+    spans = model.tiles((low.shape[-2], low.shape[-1]))
+    total = (sampling.steps + 1) * len(spans)
+    z = model._sample_tiles(low, spans, sampling, lambda done, _: progress(done, total))
+    source = Enlarged(model, low, z)
+    source.decode(lambda done, _: progress(sampling.steps * len(spans) + done, total))
+    return source
+
+
+# Photographs --------------------------------------------------------------------------------------
+
+
+def read_photo(content: bytes, name: str) -> Tensor:
+    """Decode a file's bytes as `load_image` does, with the refusals of `check`: (3, H, W).
+
+    A large JPEG is decoded at a fraction of its size. Raises ValueError with the file's name.
+    """
+    from arbscale.data.images import decode, open_image, reason
+
+    name = Path(name.replace("\\", "/")).name[-80:] or "file"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "photo"
+        path.write_bytes(content)
+        try:
+            with open_image(path) as image:
+                image.draft("RGB", (2 * MAX_TRUTH,) * 2)
+                if image.width * image.height > MAX_PHOTO:
+                    raise ValueError(f"over {MAX_PHOTO // 10**6} million pixels; reduce it")
+                return decode(image)
+        except ValueError as error:
+            raise ValueError(f"{name}: {reason(error.__cause__)}") from None
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photograph (3, h, w) to enlarge, and its original if that had to be reduced."""
+
+    low: Tensor
+    truth: Tensor | None
+    name: str
+
+    @classmethod
+    def reduced(cls, image: Tensor, name: str, limit: int) -> Photo:
+        """Reduce an image so that no side is over `limit`; keep up to `MAX_TRUTH` of it."""
+        low = fitted(image, limit)
+        return cls(low, None if low is image else fitted(image, MAX_TRUTH), name)
+
+    @property
+    def note(self) -> str:
+        """What it is, in words."""
+        note = f"{self.name}: {self.low.shape[-2]} x {self.low.shape[-1]} px"
+        return note if self.truth is None else f"{note}, reduced; the original is the ground truth"
+
+
+def fitted(image: Tensor, limit: int) -> Tensor:
+    """Reduce an image (3, H, W) so that no side is over `limit`."""
+    from arbscale.data import resize
+
+    height, width = image.shape[-2:]
+    factor = limit / max(height, width)
+    return image if factor >= 1 else resize(image, scaled_size((height, width), factor))
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def encoded(image: Tensor) -> bytes:
+    """Return (3, H, W) in [-1, 1] as a PNG file, packed fast rather than small."""
+    from arbscale.data import to_pil
+
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, "png", compress_level=1)
+    return buffer.getvalue()
+
+
+def rendered_png(source: Source, size: Size, window: Window, progress: Progress) -> bytes:
+    """Render a window, strip by strip in 8 bits, as a PNG file."""
+    from PIL import Image
+
+    from arbscale.data import to_uint8
+
+    out = np.empty((window[2], window[3], 3), "uint8")
+    for rows in _strips(window):
+        strip = source.render(size, (window[0] + rows.start, window[1], len(rows), window[3]))
+        out[rows.start : rows.stop] = to_uint8(strip).permute(1, 2, 0).numpy()
+        progress(rows.stop, window[2])
+    buffer = io.BytesIO()
+    Image.fromarray(out).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _strips(window: Window) -> Iterator[range]:
+    """Cut the rows of a window into strips of about `STRIP` pixels."""
+    height = max(1, STRIP // window[3])
+    for start in range(0, window[2], height):
+        yield range(start, min(start + height, window[2]))
