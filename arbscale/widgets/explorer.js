@@ -31,6 +31,9 @@ class Explorer {
     };
     this.images = null; // {left, right, place: [top, left, height, width] in units, draft}
     this.pointers = new Map();
+    this.serial = 0; // of the newest question
+    this.waiting = 0; // the serial of the question in flight
+    this.times = []; // ms from question to image, the last ones
     this.closing = new AbortController();
     this.build(el);
     this.listen();
@@ -44,6 +47,7 @@ class Explorer {
   build(el) {
     el.innerHTML = PAGE;
     this.root = el.firstElementChild;
+    this.root.explorer = this; // for tests, and for the curious in a console
     this.root.dataset.kind = this.options.kind;
     this.canvas = this.find("canvas");
     this.pen = this.canvas.getContext("2d");
@@ -53,6 +57,7 @@ class Explorer {
     // Notebook 7 and Lab take the arrow keys unless the focused element itself says otherwise.
     for (const node of this.root.querySelectorAll("input, select, button, [tabindex]"))
       node.dataset.lmSuppressShortcuts = "true";
+    this.drawn = this.settings();
     this.showScale();
   }
 
@@ -66,9 +71,10 @@ class Explorer {
       this.find(name).addEventListener(type, f.bind(this), { signal, ...options });
     on("scale", "input", this.moveScale);
     on("typed", "change", this.typeSize);
+    on("typed", "keydown", enter(() => this.typeSize())); // Lab keeps Enter's "change" back
     on("rival", "change", this.pickRival);
-    on("canvas", "wheel", this.wheel, { passive: false });
-    on("canvas", "dblclick", this.reset);
+    on("view", "wheel", this.wheel, { passive: false });
+    on("view", "dblclick", this.reset);
     on("canvas", "keydown", this.key);
     for (const type of ["pointerdown", "pointermove", "pointerup", "pointercancel"])
       on("canvas", type, this[type]);
@@ -77,8 +83,12 @@ class Explorer {
     on("wipe", "keydown", this.keyWipe);
     on("reset", "click", this.reset);
     on("draw", "click", this.draw);
-    on("mix", "input", this.draw);
-    for (const name of ["seed", "to_seed", "steps", "sampler"]) on(name, "change", this.draw);
+    on("mix", "input", this.drawIfChanged);
+    on("sampler", "change", this.drawIfChanged);
+    for (const name of ["seed", "to_seed", "steps"]) {
+      on(name, "change", this.drawIfChanged);
+      on(name, "keydown", enter(() => this.drawIfChanged()));
+    }
     on("cancel", "click", () => this.send({ kind: "cancel" }));
     on("save-view", "click", () => this.send({ kind: "save", what: "view" }));
     on("save-whole", "click", () => this.send({ kind: "save", what: "whole" }));
@@ -119,7 +129,7 @@ class Explorer {
       this.live = live;
       return;
     }
-    this.waiting = ++this.serial || (this.serial = 1);
+    this.waiting = ++this.serial;
     this.wanted = false;
     const { scale, size, typed, centre, zoom, rival } = this.state;
     const screen = [this.canvas.height, this.canvas.width].map((n) => Math.min(n, MAX_SCREEN));
@@ -181,7 +191,7 @@ class Explorer {
     this.images = { left, right, place: [top / h, first / w, height / h, width / w], draft: answer.draft };
     this.subject = answer.subject;
     this.answer = answer;
-    if (this.state.typed && answer.view === this.id) {
+    if (this.state.typed && this.state.typed === answer.typed) {
       this.state.size = answer.size;
       this.state.scale = answer.scale;
       this.state.typed = null;
@@ -201,9 +211,9 @@ class Explorer {
     clearTimeout(this.timer);
     this.waiting = 0;
     this.root.dataset.serial = answer.serial;
-    (this.root.ax_times ??= []).push(performance.now() - this.asked);
-    if (this.root.ax_times.length > 500) this.root.ax_times.shift();
-    if (answer.error) this.state.typed = null;
+    this.times.push(performance.now() - this.asked);
+    if (this.times.length > 500) this.times.shift();
+    if (answer.error && answer.typed === this.state.typed) this.state.typed = null;
     if (this.wanted) this.ask(this.live);
     else if (answer.draft) this.ask();
   }
@@ -290,7 +300,10 @@ class Explorer {
   }
 
   typeSize() {
-    this.state.typed = this.find("typed").value;
+    const text = this.find("typed").value.trim();
+    if (!text) this.showScale();
+    if (!text || text === this.shown) return;
+    this.shown = this.state.typed = text;
     this.ask();
   }
 
@@ -299,7 +312,7 @@ class Explorer {
     const text = size && this.answer?.stretched ? size.join("x") : String(+scale.toPrecision(4));
     this.find("scale").value = Math.log2(scale);
     this.find("scale").setAttribute("aria-valuetext", `times ${text}`);
-    this.find("typed").value = text;
+    this.find("typed").value = this.shown = text;
   }
 
   // The side on the right ---------------------------------------------------------------------
@@ -424,8 +437,18 @@ class Explorer {
   draw() {
     const number = (name) => this.find(name).valueAsNumber;
     const [seed, to_seed, steps, share] = ["seed", "to_seed", "steps", "mix"].map(number);
+    const sampler = this.find("sampler").value;
+    this.drawn = this.settings();
     this.find("strip").replaceChildren();
-    this.send({ kind: "draw", seed, to_seed, steps, share, sampler: this.find("sampler").value });
+    this.send({ kind: "draw", seed, to_seed, steps, share, sampler });
+  }
+
+  settings() {
+    return ["seed", "to_seed", "steps", "mix", "sampler"].map((n) => this.find(n).value).join();
+  }
+
+  drawIfChanged() {
+    if (this.settings() !== this.drawn) this.draw();
   }
 
   work() {
@@ -520,6 +543,15 @@ function describe({ size, scale, stretched, shown, window, ms, rate, draft, note
   if (draft) facts.push("while moving");
   if (note) facts.push(note);
   return facts.join(" · ");
+}
+
+// A listener for the Enter key alone.
+function enter(f) {
+  return (e) => {
+    if (e.key !== "Enter") return;
+    e.preventDefault();
+    f();
+  };
 }
 
 function clamp(x, low, high) {

@@ -155,7 +155,7 @@ class ScaleExplorer(anywidget.AnyWidget):
                 left, right, answer = self._answer(self._question)
             except Exception as error:
                 left, right, answer = self.left, self.right, {"error": str(error)}
-            about = {name: self._question.get(name) for name in ("serial", "view")}
+            about = {name: self._question.get(name) for name in ("serial", "view", "typed")}
             with self.hold_sync():
                 self.left, self.right = left, right
                 self.answer = {**about, **answer, "at": time.time()}
