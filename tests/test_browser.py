@@ -315,7 +315,6 @@ def test_the_second_slider_goes_to_another_seed(page):
     before = page.pixels()
     mix = "arguments[0].value = 0.5; arguments[0].dispatchEvent(new Event('input'))"
     page.run(mix, page.find("mix"))
-    page.until(lambda: page.data("subject") is not None)
     page.until(lambda: not np.array_equal(before, page.pixels()))
     page.rest()
     assert "mixed_latent" in page.run("return document.querySelector('.ax').explorer.answer.code")
