@@ -1,4 +1,4 @@
-"""Data: pictures from names, folders and archives, single pictures, and continuous scenes."""
+"""Data: images from named sets, folders and downloads, single images, and continuous scenes."""
 
 from arbscale.data.folders import ImageFolder
 from arbscale.data.images import (
@@ -9,6 +9,7 @@ from arbscale.data.images import (
     to_pil,
     to_tensor,
     to_uint8,
+    training_crop,
 )
 from arbscale.data.scenes import (
     FIELDS,
@@ -20,7 +21,6 @@ from arbscale.data.scenes import (
 )
 from arbscale.data.sets import (
     ContinuousScenes,
-    PairDataset,
     PatchDataset,
     TorchvisionPictures,
     data_root,
@@ -34,7 +34,6 @@ __all__ = [
     "MOODS",
     "ContinuousScenes",
     "ImageFolder",
-    "PairDataset",
     "PatchDataset",
     "Scenes",
     "TorchvisionPictures",
@@ -52,4 +51,5 @@ __all__ = [
     "to_pil",
     "to_tensor",
     "to_uint8",
+    "training_crop",
 ]
