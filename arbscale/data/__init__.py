@@ -22,7 +22,6 @@ from arbscale.data.scenes import (
 from arbscale.data.sets import (
     ContinuousScenes,
     PatchDataset,
-    TorchvisionPictures,
     data_root,
     find_folder,
     open_dataset,
@@ -36,7 +35,6 @@ __all__ = [
     "ImageFolder",
     "PatchDataset",
     "Scenes",
-    "TorchvisionPictures",
     "data_root",
     "find_folder",
     "load_image",

@@ -244,13 +244,10 @@ def partition(
     counts = dict(zip(SPLITS, _counts(len(names), parts), strict=True))
     if not counts[split]:
         raise ValueError(f"parts={tuple(parts)} leaves no image for {split!r}")
-    order = sorted(names, key=lambda name: _hash(f"{seed}/{name}"))
+    keys = {name: f"{seed}/{name}".encode("utf-8", "surrogateescape") for name in names}
+    order = sorted(names, key=lambda name: hashlib.sha256(keys[name]).digest())
     start = {"val": 0, "test": counts["val"], "train": counts["val"] + counts["test"]}[split]
     return sorted(order[start : start + counts[split]])
-
-
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
 
 
 def _counts(n: int, parts: Sequence[float]) -> tuple[int, int, int]:

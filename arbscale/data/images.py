@@ -124,16 +124,14 @@ def open_image(path: str | Path) -> Iterator[Any]:
     from PIL import Image
 
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no image at {path}; check the path")
     try:
-        if not path.is_file():
-            raise FileNotFoundError
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.height} x {image.width}"
                 raise ValueError(f"{size} is over {MAX_PIXELS:,} pixels; cut it into parts")
             yield image
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image at {path}; check the path") from None
     except Exception as error:  # a decoder fed with a damaged file may raise anything
         raise ValueError(f"{path} cannot be read ({reason(error)}); replace it") from error
 

@@ -159,7 +159,7 @@ def _open(
         held_out = {n: s for s, names in _SAMPLE_SPLITS.items() for n in names}
         return [photo for n, photo in photos.items() if held_out.get(n, "train") == split]
     if isinstance(name, str) and _set_of(name) in _TORCHVISION:
-        return TorchvisionPictures(name, split, data_root())
+        return _open_torchvision(name, split, data_root())
     return open_folder(find_folder(name), split, parts, seed)
 
 
@@ -174,45 +174,47 @@ def find_folder(name: str | Path) -> Path:
     raise FileNotFoundError(f"{str(name)!r} is not a data set and {root} is not a folder{hint}")
 
 
-class TorchvisionPictures(Dataset):
-    """The images alone of torchvision's CelebA, Flowers102 or LSUN ("lsun_tower", ...).
-
-    They are read from where torchvision puts them below `root`: `celeba/`, `flowers-102/`, and
-    LSUN's databases `lsun/tower_train_lmdb/`, ... For LSUN, torchvision keeps a list of keys, as a
-    pickle, in the current folder and reads it again: work in a folder that you own.
-    """
-
-    def __init__(self, name: str, split: str, root: Path) -> None:
-        if split != "all":
-            check_split(split)
-        splits = [s for s in SPLITS if split in ("all", s)]
-        if name.startswith("lsun"):
-            splits = [s for s in splits if s != "test"]  # its test images have no category
-        if not splits:
-            raise ValueError(f"{name} has no {split!r}; it has train and val")
-        try:
-            self.images = ConcatDataset([_torchvision(name, s, root) for s in splits])
-        except ImportError as error:
-            raise RuntimeError(f"{name} needs a package: pip install {error.name}") from error
-        except (RuntimeError, OSError) as error:
-            raise FileNotFoundError(
-                f"{name} is not in {root}, or incomplete ({error}); {_TORCHVISION[_set_of(name)]}"
-            ) from error
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Return image `index`, (3, H, W) in [-1, 1]."""
-        return to_tensor(self.images[range(len(self))[index]][0])
-
-
 _TORCHVISION = {  # and how to get them
     "celeba": "fetch it with torchvision.datasets.CelebA(ARBSCALE_DATA, download=True)",
     "flowers102": "fetch it with torchvision.datasets.Flowers102(ARBSCALE_DATA, download=True)",
     "lsun": "fetch and unzip it with github.com/fyu/lsun; names are lsun_tower, lsun_bedroom, ...",
 }
+
+
+class _ImagesAlone(Dataset):
+    """The images (3, H, W) in [-1, 1] of a data set of pairs (PIL image, target)."""
+
+    def __init__(self, pairs: Dataset) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return to_tensor(self.pairs[range(len(self))[index]][0])
+
+
+def _open_torchvision(name: str, split: str, root: Path) -> Dataset:
+    """Open torchvision's CelebA, Flowers102 or LSUN ("lsun_tower", ...).
+
+    They are read from where torchvision puts them below `root`: `celeba/`, `flowers-102/`, and
+    LSUN's databases `lsun/tower_train_lmdb/`, ... For LSUN, torchvision keeps a list of keys, as a
+    pickle, in the current folder and reads it again: work in a folder that you own.
+    """
+    if split != "all":
+        check_split(split)
+    splits = [s for s in SPLITS if split in ("all", s)]
+    if name.startswith("lsun"):
+        splits = [s for s in splits if s != "test"]  # its test images have no category
+    if not splits:
+        raise ValueError(f"{name} has no {split!r}; it has train and val")
+    try:
+        return _ImagesAlone(ConcatDataset([_torchvision(name, s, root) for s in splits]))
+    except ImportError as error:
+        raise RuntimeError(f"{name} needs a package: pip install {error.name}") from error
+    except (RuntimeError, OSError) as error:
+        hint = _TORCHVISION[_set_of(name)]
+        raise FileNotFoundError(f"{name} is not whole in {root} ({error}); {hint}") from error
 
 
 def _set_of(name: str) -> str:
