@@ -5,7 +5,6 @@ from arbscale.evaluation.distances import (
     fid,
     interval,
     nearest_distances,
-    patch_fid,
     patch_frechet_distance,
     random_patches,
 )
@@ -44,7 +43,6 @@ __all__ = [
     "naive_render",
     "nearest_distances",
     "pair_protocol",
-    "patch_fid",
     "patch_frechet_distance",
     "random_patches",
     "reconstruction_rows",

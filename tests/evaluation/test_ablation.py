@@ -144,7 +144,7 @@ def test_one_command_for_both_data_sets(small, monkeypatch, capsys):
         assert run["distance"] > 0 and 0 <= run["precision"] <= 1 and 0 <= run["recall"] <= 1
     assert len({r["loss"] for r in runs}) == len(runs)
     said = capsys.readouterr().out
-    assert "cats, equal compute:" in said and "| held-out real pictures |" in said
+    assert "cats, equal compute:" in said and "| held-out real images |" in said
     assert "run 14 of 14: cats, transformer, seed 1" in said
     monkeypatch.setattr(training, "train_diffusion", None)  # all is there: nothing runs again
     again = ablation.ablate(QUICK, ablation.open_folder(folder))
@@ -179,7 +179,7 @@ def test_other_settings_are_other_pieces(small):
 
 
 def test_nonsense_is_refused():
-    with pytest.raises(ValueError, match="no comparison 'dogs'; there are: scenes, equal compute"):
+    with pytest.raises(ValueError, match="'dogs'.*scenes, equal compute"):
         Settings(comparisons=("dogs",))
-    with pytest.raises(ValueError, match="seeds and steps are at least 1"):
+    with pytest.raises(ValueError, match="seeds=0"):
         Settings(seeds=0)
