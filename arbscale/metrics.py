@@ -61,27 +61,16 @@ def psnr(a: Tensor, b: Tensor, space: str = "rgb", border: int = 0) -> float:
 
 
 def ssim(a: Tensor, b: Tensor, space: str = "rgb", border: int = 0) -> float:
-    """Structural similarity, at most 1, which identical images have.
+    """Structural similarity, at most 1, which identical images have; arguments as for `psnr`.
 
     Gaussian window of 11 pixels with sigma 1.5, population covariance, mean over the places where
-    the window fits, over channels, then over images. Images are clamped and rounded to 8 bits as
-    for `psnr`. Source: Wang et al. 2004.
-
-    Parameters
-    ----------
-    a, b
-        Float images (B, 3, H, W) or (3, H, W) in [-1, 1], at least 11 pixels a side.
-    space, border
-        As for `psnr`.
-
+    the window fits, over channels, then over images, which are clamped and rounded to 8 bits.
+    ValueError where less than 11 pixels a side are left within the border.
+    Source: Wang et al. 2004.
     """
     a, b = _eight_bit_pair(a, b, space, border)  # (B, 3 or 1, H, W)
-    height, width = a.shape[-2:]
-    if min(height, width) < WINDOW:
-        raise ValueError(
-            f"SSIM needs {WINDOW} px a side within the border, got {height} x {width}; take larger "
-            "images"
-        )
+    if min(a.shape[-2:]) < WINDOW:
+        raise ValueError(f"SSIM needs {WINDOW} px a side within the border, got {tuple(a.shape)}")
     return _mean_in_chunks(lambda x, y: _ssim_terms(x, y, 255)[0], a, b, chunk=1)
 
 
@@ -91,27 +80,15 @@ _BACKBONES = {"alex": "alexnet", "squeeze": "squeezenet1_1"}
 def lpips(a: Tensor, b: Tensor, net: str = "alex") -> float:
     """Learned perceptual distance, v0.1, at least 0, which identical images have.
 
-    Mean over the images. Computed by the package `lpips` (Zhang et al. 2018); the backbone's
-    ImageNet weights come from torch hub's cache, from the folder that ARBSCALE_WEIGHTS names, or by
-    download, in this order.
-
-    Parameters
-    ----------
-    a, b
-        Float images (B, 3, H, W) or (3, H, W) in [-1, 1], at least 32 pixels a side. What lies
-        outside is clamped.
-    net
-        "alex" (AlexNet, for reports) or "squeeze" (SqueezeNet).
-
-    Raises
-    ------
-    FileNotFoundError
-        Where no weights are found; it says how to get them.
-
+    Takes float images (B, 3, H, W) or (3, H, W) in [-1, 1], at least 32 pixels a side, clamped;
+    mean over the images. `net` is "alex" (AlexNet, for reports) or "squeeze" (SqueezeNet). Computed
+    by the package `lpips` (Zhang et al. 2018); the backbone's ImageNet weights come from torch
+    hub's cache, from the folder that ARBSCALE_WEIGHTS names, or by download, in this order.
+    FileNotFoundError where no weights are found says how to get them.
     """
     if net not in _BACKBONES:
         raise ValueError(f"unknown backbone {net!r}; take {' or '.join(_BACKBONES)}")
-    a, b = _check_pair(a, b)
+    a, b = _check_images(a, b)
     if min(a.shape[-2:]) < 32:
         raise ValueError(f"LPIPS needs sides of 32 px, got {tuple(a.shape)}; take larger images")
     network = lpips_network(net).to(a.device)
@@ -183,14 +160,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     `|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`, squared units of the features. It falls
     with the number of images, so compare only equal numbers. Fewer images than features leave the
     covariances singular: the formula holds, and the bias is large. The last trace is that of the
-    singular values of `S_a^(1/2) S_b^(1/2)`, which needs no complex root. Computed in float64.
+    singular values of `S_a^(1/2) S_b^(1/2)`, which needs no complex root. Takes features (N, D) and
+    (M, D), at least two images each, and computes in float64.
     Source: Dowson and Landau 1982; Heusel et al. 2017.
-
-    Parameters
-    ----------
-    a, b
-        Features (N, D) and (M, D), at least two images each.
-
     """
     a, b = check_features(a, b, least=2)
     step = a.mean(0) - b.mean(0)
@@ -207,18 +179,9 @@ def precision_recall(
 
     Each set is the union of balls around its images that reach to the k-th nearest neighbour in the
     set. Precision is the share of generated images inside the real set's balls, recall the share of
-    real ones inside the generated set's. Both depend on the numbers of images.
-    Implements Kynkäänniemi et al. 2019, in float64, `block` rows of distances at a time.
-
-    Parameters
-    ----------
-    generated, real
-        Features (N, D) and (M, D), more than k images each.
-    k
-        Neighbours, at least 1.
-    block
-        Rows held at once; decides the memory and nothing else.
-
+    real ones inside the generated set's. Both depend on the numbers of images. Takes features
+    (N, D) and (M, D), more than k images each; k is at least 1. Implements Kynkäänniemi et al.
+    2019, in float64; `block` rows of distances are held at a time.
     """
     if k < 1:
         raise ValueError(f"k is at least 1, got {k}")
@@ -289,11 +252,8 @@ def _mean_in_chunks(
 
 
 def _eight_bit_pair(a: Tensor, b: Tensor, space: str, border: int) -> tuple[Tensor, Tensor]:
-    """Return both images in [0, 255] as float64 on the CPU, (B, 3, H, W), or (B, 1, H, W) of luma.
-
-    `border` pixels are left out on each side.
-    """
-    a, b = _check_pair(a, b)
+    """Return both images within the border, 0 to 255, float64, (B, 3, H, W), luma (B, 1, H, W)."""
+    a, b = _check_images(a, b)
     height, width = a.shape[-2:]
     if space not in ("rgb", "y"):
         raise ValueError(f"unknown colour space {space!r}; take rgb or y")
@@ -311,32 +271,27 @@ def _eight_bit_pair(a: Tensor, b: Tensor, space: str, border: int) -> tuple[Tens
     return levels(a), levels(b)
 
 
-def _check_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both images as (B, 3, H, W); ValueError unless they have one shape."""
-    if a.shape != b.shape:
-        raise ValueError(f"expected one shape, got {tuple(a.shape)} and {tuple(b.shape)}; resize")
-    return _check_images(a), _check_images(b)
-
-
-def _check_images(images: Tensor) -> Tensor:
-    """Return float images as (B, 3, H, W); ValueError for another kind, an empty batch or NaN."""
-    if not images.is_floating_point() or images.ndim not in (3, 4) or images.shape[-3] != 3:
-        raise ValueError(
-            f"expected float images (B, 3, H, W) or (3, H, W) in [-1, 1], got {images.dtype} "
-            f"{tuple(images.shape)}; 8-bit images become such by image / 127.5 - 1"
-        )
-    if images.numel() == 0 or images.isnan().any():
-        wrong = "NaN" if images.numel() else tuple(images.shape)
-        raise ValueError(f"expected one image or more in [-1, 1], got {wrong}")
-    return images if images.ndim == 4 else images.unsqueeze(0)
+def _check_images(*images: Tensor) -> list[Tensor]:
+    """Return images as (B, 3, H, W); ValueError unless they are float, of one shape, not NaN."""
+    for x in images:
+        if x.shape != images[0].shape:
+            raise ValueError(f"expected one shape, got {tuple(images[0].shape)}, {tuple(x.shape)}")
+        if not x.is_floating_point() or x.ndim not in (3, 4) or x.shape[-3] != 3 or not x.numel():
+            raise ValueError(
+                f"expected float images (B, 3, H, W) or (3, H, W) in [-1, 1], got {x.dtype} "
+                f"{tuple(x.shape)}; 8-bit images become such by image / 127.5 - 1"
+            )
+        if x.isnan().any():
+            raise ValueError("expected images in [-1, 1], got NaN; look where they came from")
+    return [x if x.ndim == 4 else x.unsqueeze(0) for x in images]
 
 
 def _check_by_size(images: dict[int | Size, Tensor], least: int) -> list[Tensor]:
     """Return the checked images in [-1, 1] as float64, moved off devices that lack it."""
-    checked = [_check_images(x) for x in images.values()]
-    numbers = [len(x) for x in checked]
+    numbers = [len(x) for x in images.values()]
     if len(set(numbers)) != 1:
         raise ValueError(f"expected images of the same latents at each size, got {numbers}")
+    checked = [_check_images(x)[0] for x in images.values()]
     for size, x in zip(images, checked, strict=True):
         height, width = check_size(size)
         if x.shape[-2:] != (height, width) or min(height, width) < least:

@@ -133,9 +133,9 @@ def test_metrics_take_what_has_a_gradient():
 
 def test_ssim_needs_room_for_its_window():
     assert ssim(images(0, (3, 11, 11)), images(0, (3, 11, 11))) == pytest.approx(1)
-    with pytest.raises(ValueError, match="10 x 12"):
+    with pytest.raises(ValueError, match="10, 12"):
         ssim(images(0, (3, 10, 12)), images(1, (3, 10, 12)))
-    with pytest.raises(ValueError, match="10 x 10"):
+    with pytest.raises(ValueError, match="10, 10"):
         ssim(images(0, (3, 14, 14)), images(1, (3, 14, 14)), border=2)
 
 
@@ -145,7 +145,7 @@ def test_ssim_needs_room_for_its_window():
 @pytest.mark.parametrize("metric", [psnr, ssim])
 def test_errors_say_what_came(metric):
     a = images(0)
-    with pytest.raises(ValueError, match=r"\(2, 3, 24, 30\) .*\(3, 24, 30\)"):
+    with pytest.raises(ValueError, match=r"\(2, 3, 24, 30\).*\(3, 24, 30\)"):
         metric(a, a[0])
     with pytest.raises(ValueError, match="torch.uint8"):
         metric(a.to(torch.uint8), a)

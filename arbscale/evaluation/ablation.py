@@ -47,31 +47,15 @@ CONTESTANTS: dict[str, dict] = {
     "unet_transformer": _MIXED,
     "transformer": _ALONE | {"transformer_width": 192, "transformer_blocks": 8},
     "transformer_light": _ALONE | {"transformer_blocks": 8},
-    # Variants of the second, as many multiply-adds each
-    "merged_by_1": _MIXED | {"merge": 1, "transformer_width": 96, "transformer_blocks": 3},
-    "merged_by_4": _MIXED | {"merge": 4, "transformer_width": 320},
-    "shallow": _MIXED | {"transformer_width": 224, "transformer_blocks": 3},
-    "deep": _MIXED | {"transformer_width": 128, "transformer_blocks": 9},
-    "below": _MIXED  # at half the latent's size, under a U-Net of two levels
-    | {"unet_multipliers": (1, 1), "unet_blocks": 1, "merge": 1, "transformer_blocks": 7},
-    # Other learning rates
-    "unet_slower": _UNET | {"diffusion_lr": 5e-4},
-    "unet_faster": _UNET | {"diffusion_lr": 2e-3},
-    "unet_transformer_slower": _MIXED | {"diffusion_lr": 5e-4},
-    "unet_transformer_faster": _MIXED | {"diffusion_lr": 2e-3},
 }
 """By name: the fields of a preset that make the denoiser and its training."""
 
 EQUAL_COMPUTE = ("unet", "unet_transformer", "transformer")
 EQUAL_PARAMETERS = ("unet", "unet_transformer", "transformer_light")
-VARIANTS = (*EQUAL_COMPUTE[:2], "merged_by_1", "merged_by_4", "shallow", "deep", "below")
-RATES = tuple(name + rate for name in EQUAL_COMPUTE[:2] for rate in ("", "_slower", "_faster"))
 COMPARISONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "scenes, equal compute": ("scenes", EQUAL_COMPUTE),
     "scenes, equal parameters": ("scenes", EQUAL_PARAMETERS),
     "cats, equal compute": ("cats", EQUAL_COMPUTE),
-    "variants": ("scenes", VARIANTS),
-    "learning rates": ("scenes", RATES),
 }
 """By title: the data, and the contestants of which the first is what the others are held against.
 
@@ -84,7 +68,7 @@ equal to the plain one in both.
 class Settings:
     """What a comparison is made with."""
 
-    comparisons: tuple[str, ...] = tuple(COMPARISONS)[:3]  # keys of COMPARISONS
+    comparisons: tuple[str, ...] = tuple(COMPARISONS)  # keys of COMPARISONS
     seeds: int = 3  # runs of each contestant
     steps: int = 500  # of each run
     pool: int = 4096  # images that are encoded for a run

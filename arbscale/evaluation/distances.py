@@ -58,8 +58,8 @@ def check_fid(images: int, allow_few: bool) -> None:
         return
     if not allow_few:
         raise ValueError(
-            f"FID needs {FID_LEAST} images in each set, got {images}; take more, or say "
-            "--allow-few (allow_few=True) and report the number with it"
+            f"FID needs {FID_LEAST} images in each set, got {images}; take more, or say so with it "
+            "(--allow-few, allow_few=True)"
         )
     warnings.warn(f"FID over {images} images is biased upwards", stacklevel=3)
 
@@ -67,24 +67,11 @@ def check_fid(images: int, allow_few: bool) -> None:
 def fid(images: Iterable[Tensor], reference: Iterable[Tensor], allow_few: bool = False) -> float:
     """Fréchet Inception distance: 2,048 features of the Inception-v3 of 2015-12-05.
 
-    The network is torch-fidelity's port, its weights come from torch hub's cache or are downloaded
-    there; images are rounded to 8 bits and resized to 299 px by the port.
+    Takes images (3, H, W) in [-1, 1], one by one, of one size; only their features are held. The
+    network is torch-fidelity's port, which rounds them to 8 bits and resizes them to 299 px; its
+    weights come from torch hub's cache or are downloaded there, else FileNotFoundError. ValueError
+    for fewer than 2,048 images, unless `allow_few`: such a number compares to no other.
     Source: Heusel et al. 2017.
-
-    Parameters
-    ----------
-    images, reference
-        Images (3, H, W) in [-1, 1], one by one, of one size; only their features are held.
-    allow_few
-        Accept fewer than 2,048 images, with a warning: such a number compares to no other.
-
-    Raises
-    ------
-    ValueError
-        For fewer than 2,048 images.
-    FileNotFoundError
-        Where the weights are neither cached nor can be downloaded; it says what to do.
-
     """
     network = extractor("inception")
     sets = [_features(x, network) for x in (images, reference)]

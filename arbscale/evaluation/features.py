@@ -46,9 +46,7 @@ class Extractor:
     def __call__(self, images: Tensor) -> Tensor:
         """Return the features; ValueError for what is not a batch of images."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(
-                f"expected float images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}"
-            )
+            raise ValueError(f"expected float (B, 3, H, W), got {images.dtype} {images.shape}")
         if images.isnan().any():
             raise ValueError("expected numbers in [-1, 1], got NaN")
         few = to_uint8(images).split(CHUNK[self.device.type == "cpu"])
@@ -62,13 +60,13 @@ def extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
     torch-fidelity's; "encoder" (the shipped encoder of `ENCODER`) and "alexnet" (torchvision's) are
     for machines that have neither. FileNotFoundError where weights are missing says what to do.
     """
-    makers = {"encoder": _encoder, "alexnet": _alexnet, "inception": _inception, "vgg16": _vgg16}
+    makers = {"encoder": _encoder, "alexnet": _alexnet, "inception": _fidelity, "vgg16": _fidelity}
     if name not in makers:
         raise ValueError(f"unknown features {name!r}; take one of {', '.join(makers)}")
-    return makers[name](torch.device(device))
+    return makers[name](name, torch.device(device))
 
 
-def _encoder(device: torch.device) -> Extractor:
+def _encoder(name: str, device: torch.device) -> Extractor:
     """Average what the last convolution sees over the four quarters of an image of 128 px."""
     from arbscale.model import ArbitraryScaleModel
 
@@ -85,19 +83,16 @@ def _encoder(device: torch.device) -> Extractor:
         return F.adaptive_avg_pool2d(found[0], 2).flatten(1)  # (B, C, 2, 2) -> (B, 4 C)
 
     width = 4 * encoder.norm.num_channels
-    label = (
-        f"{ENCODER}'s encoder at 128 px, normalised middle activations, means over the quarters, "
-        f"{width} numbers"
-    )
-    key = content_key(model.manifest["files"])
-    return Extractor("encoder", label, width, key, network, device)
+    label = f"{ENCODER}'s encoder at 128 px, normalised middle activations, means over the quarters"
+    label, key = f"{label}, {width} numbers", content_key(model.manifest["files"])
+    return Extractor(name, label, width, key, network, device)
 
 
-def _alexnet(device: torch.device) -> Extractor:
+def _alexnet(name: str, device: torch.device) -> Extractor:
     """Average the activations after the last convolution over an image of 224 px."""
     import torchvision
 
-    state = backbone_state("alexnet")
+    state = backbone_state(name)
     layers = torchvision.models.alexnet().features[:12]  # up to the last ReLU
     layers.load_state_dict({k.removeprefix("features."): v for k, v in state.items()})
     layers = layers.eval().to(device)
@@ -109,35 +104,26 @@ def _alexnet(device: torch.device) -> Extractor:
         return layers((images - mean) / std).mean(dim=(2, 3))  # (B, 256)
 
     label = "AlexNet (ImageNet) at 224 px, last convolution, means over the image, 256 numbers"
-    return Extractor("alexnet", label, 256, content_key(module=layers), network, device)
+    return Extractor(name, label, 256, content_key(module=layers), network, device)
 
 
-def _inception(device: torch.device) -> Extractor:
+def _fidelity(name: str, device: torch.device) -> Extractor:
+    """Take one layer of an extractor that torch-fidelity has registered."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    label = "Inception-v3 (2015-12-05) of torch-fidelity, pool 3, 2048 numbers"
-    network, key = _fidelity("inception-v3-compat", "2048", URL_INCEPTION_V3, device)
-    return Extractor("inception", label, 2048, key, network, device)
-
-
-def _vgg16(device: torch.device) -> Extractor:
+    from torch_fidelity.utils import create_feature_extractor
     from torchvision.models import VGG16_Weights
 
-    label = "VGG-16 of torch-fidelity, fc2 after its ReLU, 4096 numbers"
-    network, key = _fidelity("vgg16", "fc2_relu", VGG16_Weights.IMAGENET1K_V1.url, device)
-    return Extractor("vgg16", label, 4096, key, network, device)
-
-
-def _fidelity(
-    registered: str, layer: str, url: str, device: torch.device
-) -> tuple[Callable[[Tensor], Tensor], str]:
-    """Return one layer of an extractor that torch-fidelity has registered, and its key."""
-    from torch_fidelity.utils import create_feature_extractor
-
+    if name == "inception":
+        registered, layer, width, url = "inception-v3-compat", "2048", 2048, URL_INCEPTION_V3
+        label = "Inception-v3 (2015-12-05) of torch-fidelity, pool 3, 2048 numbers"
+    else:
+        registered, layer, width, url = name, "fc2_relu", 4096, VGG16_Weights.IMAGENET1K_V1.url
+        label = "VGG-16 of torch-fidelity, fc2 after its ReLU, 4096 numbers"
     # torch-fidelity unpickles the file as it is: see first that it holds tensors alone.
     _download(url, "measure with --features encoder or alexnet, which is not an FID")
     network = create_feature_extractor(registered, [layer], cuda=False, verbose=False).to(device)
-    return lambda x: network(x)[0], f"torch-fidelity {registered} {layer}"
+    key = f"torch-fidelity {registered} {layer}"
+    return Extractor(name, label, width, key, lambda x: network(x)[0], device)
 
 
 def backbone_file(name: str) -> Path | None:
@@ -202,17 +188,9 @@ def reference_features(
 ) -> Tensor:
     """Return the features (N, D) of a reference set, computed once and then read from disk.
 
-    Parameters
-    ----------
-    name
-        What was done to the images: size and resize kernel.
-    images
-        The images' source; `fingerprint` tells one source from another.
-    network
-        The extractor.
-    batches
-        Gives the images (B, 3, H, W), as they are to be seen; called where nothing is kept yet.
-
+    `images` is the source, which `fingerprint` tells from another; `name` says what was done to
+    them: size and resize kernel. `batches()` gives the images (B, 3, H, W) as they are to be seen;
+    it is called where nothing is kept yet.
     """
     key = content_key(name, fingerprint(images), network.name, network.label, network.key)
     path = cache_folder() / "features" / f"{key[:32]}.safetensors"

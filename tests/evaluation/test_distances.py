@@ -11,7 +11,6 @@ from torch import nn
 
 from arbscale import metrics
 from arbscale.evaluation import (
-    Extractor,
     distances,
     features,
     fid,
@@ -20,6 +19,7 @@ from arbscale.evaluation import (
     random_patches,
 )
 from arbscale.evaluation.distances import nearest_distances
+from arbscale.evaluation.features import Extractor
 from arbscale.metrics import frechet_distance, precision_recall
 
 

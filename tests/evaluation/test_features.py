@@ -12,8 +12,14 @@ import torch.nn.functional as F
 
 from arbscale import ArbitraryScaleModel
 from arbscale.data import ContinuousScenes, ImageFolder, resize, to_pil
-from arbscale.evaluation import Extractor, extractor, reference_features
-from arbscale.evaluation.features import backbone_file, backbone_state, fingerprint
+from arbscale.evaluation import extractor
+from arbscale.evaluation.features import (
+    Extractor,
+    backbone_file,
+    backbone_state,
+    fingerprint,
+    reference_features,
+)
 
 WEIGHTS = Path(os.environ.get("ARBSCALE_WEIGHTS", "")).expanduser() / "alexnet_features.pth"
 needs_weights = pytest.mark.skipif(

@@ -9,17 +9,17 @@ import torch
 
 from arbscale import ArbitraryScaleModel, presets
 from arbscale.data import ContinuousScenes, resize
-from arbscale.evaluation import (
-    Extractor,
+from arbscale.evaluation import Partial, Sampling, features, sets
+from arbscale.evaluation.features import Extractor
+from arbscale.evaluation.sets import (
+    CEILING,
+    FLOOR,
+    OURS,
+    OWN,
     Job,
-    Partial,
     RealPictures,
-    Sampling,
     evaluate_generation,
-    features,
-    sets,
 )
-from arbscale.evaluation.sets import CEILING, FLOOR, OURS, OWN
 from arbscale.metrics import frechet_distance, precision_recall, self_ssim
 
 CALLS = []

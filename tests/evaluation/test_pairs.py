@@ -15,7 +15,7 @@ from arbscale.evaluation import (
     reconstruction_rows,
     upscaling_rows,
 )
-from arbscale.evaluation.pairs import HALF, OWN
+from arbscale.evaluation.pairs import HALF, OWN, score
 from arbscale.evaluation.protocols import PROTOCOLS, eight_bits
 from arbscale.model import back_project
 
@@ -85,7 +85,7 @@ def test_upscaling_has_its_baselines(models):
 def test_score_is_the_metrics_with_border_and_space():
     truth = photo()[None]
     rows = {"truth": truth, "worse": (truth + 0.1).clamp(-1, 1)}
-    found = evaluation.score(rows, "y", 4, with_lpips=False)
+    found = score(rows, "y", 4, with_lpips=False)
     worse = {
         name: getattr(metrics, name)(rows["worse"], truth, "y", 4) for name in ("psnr", "ssim")
     }
