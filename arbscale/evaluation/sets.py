@@ -42,8 +42,8 @@ FEATURES = {
 
 OURS = "ours"
 OWN = "own training-size output, resized"
-CEILING = "first stage of other real pictures (ceiling)"
-FLOOR = "other real pictures (floor)"
+CEILING = "first stage of other real images (ceiling)"
+FLOOR = "other real images (floor)"
 
 
 def batch_starts(count: int, what: str) -> Iterable[int]:
