@@ -91,10 +91,13 @@ class RealPictures:
     def features(self, size: Size, network: Extractor, what: str) -> Tensor:
         """Return the features (N, D) of all images at one size, kept in the user's cache."""
         spell = f"{size[0]}x{size[1]}"
-        starts = batch_starts(self.count, f"{spell}, {what}")
         name = f"{self.kernel}, {spell}, first {self.count}"
-        batches = (self.batch(start, size) for start in starts)
-        return reference_features(name, self.images, network, lambda: batches)
+
+        def batches() -> Iterator[Tensor]:
+            for start in batch_starts(self.count, f"{spell}, {what}"):
+                yield self.batch(start, size)
+
+        return reference_features(name, self.images, network, batches)
 
 
 @dataclass(frozen=True)
