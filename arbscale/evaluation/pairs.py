@@ -15,8 +15,8 @@ from arbscale.coords import Size, scaled_size
 from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
 from arbscale.evaluation.protocols import Protocol, eight_bits
 from arbscale.evaluation.resume import Partial
-from arbscale.model import ArbitraryScaleModel, back_project
-from arbscale.tiles import Tile
+from arbscale.model import ArbitraryScaleModel
+from arbscale.tiles import Tile, back_project
 
 Rows = dict[str, Tensor]
 """Images by method, all of one size (1, 3, H, W); "truth" is the reference."""

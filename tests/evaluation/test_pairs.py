@@ -17,7 +17,7 @@ from arbscale.evaluation import (
 )
 from arbscale.evaluation.pairs import HALF, OWN, score
 from arbscale.evaluation.protocols import PROTOCOLS, eight_bits
-from arbscale.model import back_project
+from arbscale.tiles import back_project
 
 WHOLE = PROTOCOLS["whole"]
 
