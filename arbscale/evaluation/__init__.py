@@ -5,7 +5,6 @@ from arbscale.evaluation.distances import fid, interval, patch_frechet_distance,
 from arbscale.evaluation.features import extractor
 from arbscale.evaluation.pairs import (
     Rows,
-    Sampling,
     evaluate_pairs,
     lpips_or_why_not,
     pair_protocol,
@@ -18,7 +17,6 @@ from arbscale.evaluation.resume import Partial
 __all__ = [
     "Partial",
     "Rows",
-    "Sampling",
     "evaluate_pairs",
     "extractor",
     "fid",

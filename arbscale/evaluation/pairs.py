@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
 from arbscale.evaluation.protocols import Protocol, eight_bits
 from arbscale.evaluation.resume import Partial
 from arbscale.model import ArbitraryScaleModel
+from arbscale.samplers import Sampling
 from arbscale.tiles import Tile, back_project
 
 Rows = dict[str, Tensor]
@@ -23,15 +24,6 @@ Rows = dict[str, Tensor]
 
 OWN = "bicubic of own training-size output"
 HALF = "bicubic of own output at half the size"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How latents are drawn."""
-
-    sampler: str = "dpm_solver_pp"
-    steps: int = 20
-    seed: int = 0
 
 
 @torch.no_grad()

@@ -20,11 +20,11 @@ from arbscale.evaluation.distances import (
     random_patches,
 )
 from arbscale.evaluation.features import Extractor, extractor, reference_features
-from arbscale.evaluation.pairs import Sampling
 from arbscale.evaluation.protocols import centre_crop, eight_bits
 from arbscale.evaluation.resume import Partial
 from arbscale.metrics import NEIGHBOURS, frechet_distance, precision_recall, self_ssim
 from arbscale.model import ArbitraryScaleModel
+from arbscale.samplers import Sampling
 
 BATCH = 20  # images per piece of work: what an interruption costs at most
 LEAST = 2 * (NEIGHBOURS + 1)  # images: half of them must have their neighbours

@@ -9,7 +9,7 @@ import torch
 
 from arbscale import ArbitraryScaleModel, presets
 from arbscale.data import ContinuousScenes, resize
-from arbscale.evaluation import Partial, Sampling, features, sets
+from arbscale.evaluation import Partial, features, sets
 from arbscale.evaluation.features import Extractor
 from arbscale.evaluation.sets import (
     CEILING,
@@ -21,6 +21,7 @@ from arbscale.evaluation.sets import (
     evaluate_generation,
 )
 from arbscale.metrics import frechet_distance, precision_recall, self_ssim
+from arbscale.samplers import Sampling
 
 CALLS = []
 

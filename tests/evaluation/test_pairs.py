@@ -10,13 +10,13 @@ from arbscale import ArbitraryScaleModel, evaluation, metrics, presets
 from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
 from arbscale.evaluation import (
     Partial,
-    Sampling,
     evaluate_pairs,
     reconstruction_rows,
     upscaling_rows,
 )
 from arbscale.evaluation.pairs import HALF, OWN, score
 from arbscale.evaluation.protocols import PROTOCOLS, eight_bits
+from arbscale.samplers import Sampling
 from arbscale.tiles import back_project
 
 WHOLE = PROTOCOLS["whole"]
