@@ -24,7 +24,7 @@ def images(seed: int = 0, shape=(2, 3, 24, 30)) -> torch.Tensor:
 
 
 def smooth(size, n: int = 2, seed: int = 0) -> torch.Tensor:
-    """Return smooth pictures, the same at every size."""
+    """Return smooth images, the same at every size."""
     generator = torch.Generator().manual_seed(seed)
     grid = torch.rand((n, 3, 5, 5), generator=generator) * 1.6 - 0.8
     return F.interpolate(grid, size, mode="bilinear", align_corners=False)
@@ -272,7 +272,7 @@ def test_self_ssim_of_identical_and_of_unrelated_pictures(variant):
 
 
 def test_self_ssim_rows_are_the_size_measured_at():
-    """Detail that only the large picture has is lost when measured at the small size."""
+    """Detail that only the large image has is lost when measured at the small size."""
     detailed = smooth(96)
     detailed[..., ::2, ::2] += 0.15
     detailed[..., 1::2, 1::2] -= 0.15
@@ -282,7 +282,7 @@ def test_self_ssim_rows_are_the_size_measured_at():
 
 @pytest.mark.parametrize("variant", ["clean", "scaleparty"])
 def test_self_ssim_does_not_depend_on_the_batch(variant):
-    """35 pictures go through in chunks; the result is the mean of each alone."""
+    """35 images go through in chunks; the result is the mean of each alone."""
     small = smooth(32, 35) + 0.2 * images(0, (35, 3, 32, 32))
     large = smooth(40, 35)
     whole = self_ssim({32: small, 40: large}, variant)

@@ -60,9 +60,7 @@ def read(path: Path) -> dict:
             return report
     except (ValueError, TypeError):
         pass
-    raise ValueError(
-        f"{path} is not a report of `python -m arbscale evaluate`, `bench` or `ablate`"
-    )
+    raise ValueError(f"{path} is not a report of evaluate, bench or ablate")
 
 
 def read_with_unaligned(path: Path) -> dict:
@@ -94,9 +92,9 @@ def document(paths: Iterable[Path]) -> str:
     A folder stands for all reports in it and below. Models come in the order of their first report,
     comparisons of denoisers after them.
     """
-    files = [
-        x for path in paths for x in (sorted(path.rglob("*.json")) if path.is_dir() else [path])
-    ]
+    files: list[Path] = []
+    for path in paths:
+        files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
     files = [x for x in files if x.name != store.MANIFEST and x.parent.name != UNALIGNED]
     sections: dict[str, list[str]] = {}
     for report in sorted(map(read_with_unaligned, files), key=lambda x: x["task"] == "ablate"):

@@ -1,4 +1,4 @@
-"""The comparison of denoisers: equal costs, one command for both data sets, stopped and gone on."""
+"""The comparison of denoisers: equal costs, one command for both data sets, stopped and resumed."""
 
 import dataclasses
 import functools
@@ -151,7 +151,7 @@ def test_one_command_for_both_data_sets(small, monkeypatch, capsys):
     assert without_times(json.loads(json.dumps(again))) == without_times(report)
 
 
-def test_a_stopped_comparison_goes_on_to_the_same_end(small, monkeypatch):
+def test_a_resumed_comparison_ends_as_a_whole_one(small, monkeypatch):
     settings = dataclasses.replace(QUICK, comparisons=("scenes, equal compute",))
     whole = ablation.ablate(settings, ablation.open_folder(small / "whole"))
     train, calls = training.train_diffusion, []

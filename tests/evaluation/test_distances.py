@@ -68,7 +68,7 @@ def test_frechet_distance_of_two_gaussians_in_closed_form():
     assert frechet_distance(one, two) == pytest.approx(9 + 1)
 
 
-@pytest.mark.parametrize("n", [60, 12])  # 12 pictures leave 20 x 20 covariances singular
+@pytest.mark.parametrize("n", [60, 12])  # 12 images leave 20 x 20 covariances singular
 def test_frechet_distance_agrees_with_torch_fidelity(n):
     fidelity = pytest.importorskip("torch_fidelity.metric_fid")
     a, b = normal(n, 20), normal(n, 20, 1) @ normal(20, 20, 2) + 0.3
@@ -127,7 +127,7 @@ def test_precision_recall_of_identical_constant_and_distant_sets():
     assert precision_recall(x + 100, x) == (0, 0)
     constant = torch.full((8, 5), 3.0)
     assert precision_recall(constant, constant) == (1, 1)
-    assert precision_recall(x[:1].expand(8, -1), x)[1] <= 1 / 40  # one picture covers itself
+    assert precision_recall(x[:1].expand(8, -1), x)[1] <= 1 / 40  # one image covers itself
 
 
 def test_precision_recall_errors():
@@ -187,7 +187,7 @@ def stand_in(monkeypatch):
 
 
 class Levels(torch.utils.data.Dataset):
-    """Pictures as torch-fidelity wants them, 8 bits."""
+    """Images as torch-fidelity wants them, 8 bits."""
 
     def __init__(self, images):
         self.images = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -210,7 +210,7 @@ def test_fid_agrees_with_torch_fidelitys_own_call(stand_in):
     assert patch_frechet_distance(a, b, features.extractor("inception")) == ours
 
 
-def test_fid_refuses_few_pictures_unless_asked(stand_in):
+def test_fid_refuses_few_images_unless_asked(stand_in):
     a, b = pictures(20), pictures(40, seed=1)
     with pytest.raises(ValueError, match="30 .*20.*allow_few=True"):
         fid(a, b)

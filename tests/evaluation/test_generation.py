@@ -1,4 +1,4 @@
-"""Scores of generated pictures against real ones, with an untrained miniature."""
+"""Scores of generated images against real ones, with an untrained miniature."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_size_has_its_rows_and_they_are_what_they_say(job, tmp_path):
         (40, m) for m in (OWN, OURS, CEILING, FLOOR)
     }
     assert found[40, OURS]["pictures"] == 22 and found[40, FLOOR]["pictures"] == 24
-    # The numbers again, from pictures made here.
+    # The numbers again, from images made here.
     z = torch.cat([job.model.sample(20, 100_000, 2), job.model.sample(2, 100_001, 2)])
     size, network = (40, 40), colours()
     train, test = (ContinuousScenes(24, size, split=s).batch(0, 24) for s in ("train", "test"))
@@ -147,7 +147,7 @@ def test_sizes_without_real_pictures_have_no_distance(job, tmp_path, capsys):
     assert evaluate_generation(small, Partial(None, {}))["patches"] is None
 
 
-def test_real_pictures_are_reduced_never_enlarged():
+def test_real_images_are_reduced_never_enlarged():
     image = torch.rand(3, 60, 90) * 2 - 1
     real = RealPictures([image] * 8, 8)
     square = resize(image[:, :, 15:75], (30, 30))

@@ -1,4 +1,4 @@
-"""Scores of pictures against their truth, with an untrained miniature."""
+"""Scores of images against their ground truth, with an untrained miniature."""
 
 from __future__ import annotations
 
