@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,9 +43,7 @@ def images_per_second(
     The first call warms up and is not counted; then calls are timed one by one until `seconds`
     have passed, at least one, with the GPU's queue emptied around each.
     """
-    from torch.utils.benchmark import Timer
-
-    timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+    timer = _timer_class()("f()", globals={"f": function}, num_threads=torch.get_num_threads())
     _reset_peak(device)
     found = timer.blocked_autorange(min_run_time=seconds)
     return Speed(batch / found.median, found.median, found.iqr, len(found.times), _peak(device))
@@ -160,6 +159,18 @@ def naive_render(liif: LIIF, features: Tensor, size: tuple[int, int]) -> Tensor:
             areas.append(offset.prod(-1, keepdim=True).abs() + 1e-9)
     rgb = sum(a * b for a, b in zip(answers, areas[::-1], strict=True)) / sum(areas)
     return rgb.mT.reshape(1, 3, *size)
+
+
+def _timer_class() -> type:
+    """Import torch's timer, which warns of a CUDA compiler without a GPU: not needed here."""
+    log = logging.getLogger("torch.utils.cpp_extension")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        from torch.utils.benchmark import Timer
+    finally:
+        log.setLevel(level)
+    return Timer
 
 
 def _reset_peak(device: torch.device) -> None:
