@@ -1,9 +1,10 @@
-"""The whole model: generate pictures and up-sample photographs at any size."""
+"""The whole model: generate images and up-sample photographs at any size."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from arbscale import presets, store
 from arbscale.coords import Size, Window, check_size, scaled_size
 from arbscale.diffusion import Denoiser
 from arbscale.presets import Preset
-from arbscale.samplers import get_sampler, spaced_timesteps
-from arbscale.tiles import Place, Tile, blend, noise_field, paste, tiles
+from arbscale.samplers import Callback, Sampling
+from arbscale.tiles import Tile, blended, noise_field, paint, tiles
 
 Progress = Callable[[int, int], None]
 """`progress(done, total)` after each denoising step of the whole job."""
@@ -69,30 +70,12 @@ class ArbitraryScaleModel(nn.Module):
         sampler: str = "dpm_solver_pp",
         progress: Progress | None = None,
     ) -> Tensor:
-        """Draw pictures from noise and render them at any size.
+        """Generate n images from noise at any `size`: (n, 3, height, width) in [-1, 1].
 
-        The same seed gives the same pictures at every size of one aspect ratio, and with a
-        deterministic sampler picture i does not depend on `n`. For another ratio the latent grid
-        takes that ratio at about the area that the model was trained at.
-
-        Parameters
-        ----------
-        n
-            Number of pictures.
-        size
-            (height, width) or the side of a square.
-        seed
-            Decides everything.
-        steps, sampler
-            Denoising steps; one of `samplers.SAMPLERS`.
-        progress
-            Called after each step.
-
-        Returns
-        -------
-        Tensor
-            (n, 3, height, width) in [-1, 1].
-
+        `size` is (height, width) or the side of a square; for seed, steps and sampler see
+        `samplers.Sampling`. The same seed gives the same images at every size of one aspect ratio,
+        and with a deterministic sampler image i does not depend on `n`. For another ratio the
+        latent grid takes that ratio at about the area that the model was trained at.
         """
         size = check_size(size)
         z = self.sample(n, seed, steps, sampler, self.latent_grid(size), progress)
@@ -113,16 +96,15 @@ class ArbitraryScaleModel(nn.Module):
         Raises RuntimeError for a super-resolution model, ValueError for n < 1.
         """
         if self.preset.low_size:
-            raise RuntimeError(
-                f"{self.preset.name} is a super-resolution model; call upscale, or load a generator"
-            )
+            raise RuntimeError(f"{self.preset.name} is a super-resolution model; call upscale")
         if n < 1:
-            raise ValueError(f"n is the number of pictures, at least 1, got {n}")
-        grid = grid or (self.preset.latent_size,) * 2
-        generator = torch.Generator().manual_seed(seed)
-        shape = (self.preset.latent_channels, *grid)
+            raise ValueError(f"n is the number of images, at least 1, got {n}")
+        sampling = Sampling(steps, sampler, seed)
+        generator = sampling.generator()
+        shape = (self.preset.latent_channels, *(grid or (self.preset.latent_size,) * 2))
         noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
-        return self._sample(self.denoise(), noise, steps, sampler, generator, progress)
+        callback = progress and (lambda i, z_t, z_0: progress(i + 1, steps))
+        return self._sample(self.denoise(), noise, sampling, generator, callback)
 
     @torch.no_grad()
     def upscale(
@@ -136,9 +118,10 @@ class ArbitraryScaleModel(nn.Module):
         tile: int | None = None,
         progress: Progress | None = None,
     ) -> Any:
-        """Enlarge a picture to any size, tile by overlapping tile.
+        """Enlarge an image to any size, tile by overlapping tile.
 
-        Beyond the picture and its latent, the memory is bounded by the tile.
+        Beyond the image and its latent, the memory is bounded by the tile. Raises RuntimeError for
+        a generator, ValueError for an image, scale or size that makes no sense.
 
         Parameters
         ----------
@@ -147,14 +130,12 @@ class ArbitraryScaleModel(nn.Module):
             in [-1, 1].
         scale, size
             One of the two: a positive factor, or the output's (height, width).
-        seed
-            Decides everything.
-        steps, sampler
-            Denoising steps; one of `samplers.SAMPLERS`.
+        seed, steps, sampler
+            As in `samplers.Sampling`.
         tile
             Side of a tile in pixels of the input; by default twice the training's `low_size`.
         progress
-            Called after each step with steps done and in all.
+            Called after each step of each tile.
 
         Returns
         -------
@@ -166,12 +147,14 @@ class ArbitraryScaleModel(nn.Module):
 
         if not self.preset.low_size:
             raise RuntimeError(f"{self.preset.name} is a generator; load a super-resolution model")
+        sampling = Sampling(steps, sampler, seed)
         if isinstance(image, Tensor) and image.ndim == 4:
-            options = (scale, size, seed, steps, sampler, tile)
+            n = len(image)
             inner = [
-                progress and (lambda k, n, i=i: progress(i * n + k, len(image) * n))
-                for i in range(len(image))
+                progress and (lambda done, total, i=i: progress(i * total + done, n * total))
+                for i in range(n)
             ]
+            options = scale, size, seed, steps, sampler, tile
             pairs = zip(image, inner, strict=True)
             return torch.stack([self.upscale(one, *options, report) for one, report in pairs])
         low = to_tensor(image)  # (3, h, w)
@@ -179,11 +162,11 @@ class ArbitraryScaleModel(nn.Module):
             raise ValueError("give either scale, such as 3.7, or size, such as (480, 640)")
         size = scaled_size(low.shape[-2:], scale) if size is None else check_size(size)
         spans = self.tiles(low.shape[-2:], tile)
-        z = self._sample_tiles(low, spans, seed, steps, sampler, progress)
+        z = self._sample_tiles(low, spans, sampling, progress)
         keep_float = isinstance(image, Tensor) and image.is_floating_point()
         dtype = torch.float32 if keep_float else torch.uint8
-        parts = ((span, z[span.latent(self.zoom)]) for span in spans)
-        return _like(self.paint(low, size, parts, dtype), image)
+        latents = ((span, z[span.latent(self.zoom)]) for span in spans)
+        return _like(self.paint(low, size, latents, dtype), image)
 
     def tiles(self, size: Size, side: int | None = None) -> list[Tile]:
         """Cut an input of `size` into tiles; `side` in its pixels, by default twice `low_size`."""
@@ -192,45 +175,25 @@ class ArbitraryScaleModel(nn.Module):
 
     @property
     def zoom(self) -> float:
-        """Latent pixels an input pixel of super-resolution."""
+        """Latent pixels per input pixel in super-resolution."""
         return self.preset.image_size / self.preset.low_size / self.preset.factor
 
     def _sample_tiles(
-        self,
-        low: Tensor,
-        spans: list[Tile],
-        seed: int,
-        steps: int,
-        sampler: str,
-        progress: Progress | None,
+        self, low: Tensor, spans: list[Tile], sampling: Sampling, progress: Progress | None
     ) -> Tensor:
-        """Return the unscaled latent (1, c, h', w') of a picture (3, h, w), tile by tile.
+        """Return the unscaled latent (1, c, h', w') of an image (3, h, w), tile by tile."""
+        denoisers = []
+        for span in spans:
+            place = span.latent(self.zoom)
+            grid = tuple(part.stop - part.start for part in place[1:])
+            condition = self.condition(span.cut(low)[None].to(self.device), grid)
+            denoisers.append((place, self.denoise(condition)))
+        done, total = itertools.count(1), sampling.steps * len(spans)
+        denoise = blended(denoisers, progress and (lambda: progress(next(done), total)))
+        size = tuple(max(place[axis].stop for place, _ in denoisers) for axis in (1, 2))
+        noise = noise_field(sampling.seed, self.preset.latent_channels, (0, 0), size)[None]
+        return self._sample(denoise, noise, sampling, sampling.generator())
 
-        At every step the noise that the tiles see is blended where they overlap, so that they
-        agree on one latent. Implements the fusion of Bar-Tal et al. 2023 (MultiDiffusion).
-        """
-        places = [span.latent(self.zoom) for span in spans]
-        grids = [tuple(part.stop - part.start for part in place[1:]) for place in places]
-        denoisers = [
-            self.denoise(self.condition(span.cut(low)[None].to(self.device), grid))
-            for span, grid in zip(spans, grids, strict=True)
-        ]
-        total, done = steps * len(spans), 0
-
-        def parts(z: Tensor, t: Tensor) -> Iterator[tuple[Place, Tensor]]:
-            nonlocal done
-            for place, denoise in zip(places, denoisers, strict=True):
-                yield place, denoise(z[place], t)
-                done += 1
-                if progress:
-                    progress(done, total)
-
-        size = tuple(max(place[axis].stop for place in places) for axis in (1, 2))
-        noise = noise_field(seed, self.preset.latent_channels, (0, 0), size)[None]
-        generator = torch.Generator().manual_seed(seed)
-        return self._sample(lambda z, t: blend(parts(z, t), z), noise, steps, sampler, generator)
-
-    @torch.no_grad()
     def paint(
         self,
         low: Tensor,
@@ -238,35 +201,8 @@ class ArbitraryScaleModel(nn.Module):
         latents: Iterable[tuple[Tile, Tensor]],
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Decode the latents of overlapping tiles into one picture that agrees with `low`.
-
-        Parameters
-        ----------
-        low
-            The input (3, h, w) in [-1, 1], on the CPU.
-        size
-            (height, width) of the picture.
-        latents
-            Tiles of the input in their order, each with its latent (1, c, h', w').
-        dtype
-            float32, or uint8 for a quarter of the memory.
-
-        Returns
-        -------
-        Tensor
-            (3, height, width), in [-1, 1] or 8 bits.
-
-        """
-        out = torch.empty(3, *size, dtype=dtype)
-        for span, z in latents:
-            window, coords, cells = span.points(low.shape[-2:], size)
-            if window[2] and window[3]:
-                features = self.first_stage.features(z)
-                points = coords[None].to(features), cells[None].to(features)
-                rgb = self.first_stage.liif.query(features, *points)[0].mT.cpu()  # (3, N)
-                rgb = back_project(rgb.reshape(3, *window[2:]), span.cut(low))
-                paste(out, rgb.clamp(-1, 1), window, coords, span)
-        return out
+        """Decode tiles' latents into one image that agrees with `low`; see `tiles.paint`."""
+        return paint(self.first_stage, low, size, latents, dtype)
 
     def condition(self, low: Tensor, grid: Size | None = None) -> Tensor:
         """Turn low-resolution images (B, 3, h, w) in [-1, 1] into scaled latents (B, c, h', w').
@@ -279,11 +215,11 @@ class ArbitraryScaleModel(nn.Module):
         return self.first_stage.encode(enlarged) * self.scale_factor
 
     def decode(self, z: Tensor, size: int | Size, window: Window | None = None) -> Tensor:
-        """Unscaled latents (B, c, h, w) -> pictures (B, 3, H, W) in [-1, 1], or a window."""
+        """Unscaled latents (B, c, h, w) -> images (B, 3, H, W) in [-1, 1], or a window."""
         return self.first_stage.decode(z, size, window).clamp(-1, 1)
 
     def latent_grid(self, size: Size) -> Size:
-        """Return the latent grid (h, w) for a picture's aspect ratio, at about the trained area."""
+        """Return the latent grid (h, w) for an image's aspect ratio, at about the trained area."""
         side = self.preset.latent_size
         stretch = math.sqrt(size[0] / size[1])
         return max(1, round(side * stretch)), max(1, round(side / stretch))
@@ -308,22 +244,13 @@ class ArbitraryScaleModel(nn.Module):
         self,
         denoise: Denoiser,
         noise: Tensor,
-        steps: int,
-        sampler: str,
+        sampling: Sampling,
         generator: torch.Generator,
-        progress: Progress | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
-        # The solver errs most where noise is low, so its grid is denser there (Song et al. 2021).
-        power = 2.0 if sampler == "dpm_solver_pp" else 1.0
-        z = get_sampler(sampler)(
-            denoise,
-            noise.to(self.device) * self.preset.noise_level,
-            self.schedule,
-            spaced_timesteps(self.schedule.steps, steps, power),
-            generator=generator,
-            callback=progress and (lambda i, z_t, z_0: progress(i + 1, steps)),
-        )
-        return z / self.scale_factor
+        """Return the unscaled latents that sampling from `noise` (B, c, h, w) leads to."""
+        start = noise.to(self.device) * self.preset.noise_level
+        return sampling.run(denoise, start, self.schedule, generator, callback) / self.scale_factor
 
     def save(self, path: str | Path, half: bool = False) -> None:
         """Write weights and manifest into the folder `path`; `half` stores float16."""
@@ -340,37 +267,20 @@ class ArbitraryScaleModel(nn.Module):
         state, manifest = store.load(folder)
         scale_factor = manifest.get("scale_factor")
         if not isinstance(scale_factor, float) or not scale_factor > 0:
-            raise ValueError(
-                f"the manifest in {folder} has no positive scale_factor; fetch or save it again"
-            )
+            raise ValueError(f"the manifest in {folder} has no positive scale_factor")
         model = cls(Preset.from_dict(manifest["preset"]), scale_factor, manifest)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
+            fault = str(error).splitlines()[-1].strip()
             raise ValueError(
-                f"the weights in {folder} do not fit the preset in its manifest; fetch or save "
-                f"them again ({str(error).splitlines()[-1].strip()})"
+                f"the weights in {folder} do not fit the preset in its manifest: {fault}"
             ) from None
         return model.eval()
 
 
-def back_project(rgb: Tensor, low: Tensor, rounds: int = 2) -> Tensor:
-    """Correct a picture (3, H, W) so that, reduced, it agrees with its input (3, h, w).
-
-    The difference that an antialiased bicubic reduction leaves is enlarged and added. A picture
-    smaller than its input is returned as it is. Source: Irani and Peleg 1991.
-    """
-    if rgb.shape[-2] < low.shape[-2] or rgb.shape[-1] < low.shape[-1]:
-        return rgb
-    bicubic = {"mode": "bicubic", "antialias": True}
-    for _ in range(rounds):
-        error = low[None] - F.interpolate(rgb[None], low.shape[-2:], **bicubic)
-        rgb = rgb + F.interpolate(error, rgb.shape[-2:], **bicubic)[0]
-    return rgb
-
-
 def _like(out: Tensor, image: Any) -> Any:
-    """Return the picture (3, H, W) as the kind that `image` is."""
+    """Return `out` (3, H, W) as the kind that `image` is."""
     if isinstance(image, Tensor):
         return out.to(image.device)
     array = out.permute(1, 2, 0).contiguous().numpy()

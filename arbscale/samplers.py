@@ -1,19 +1,30 @@
 """Samplers: from noise to a latent, by calling the denoiser once per step.
 
-Each sampler is one plain function. They know no image and no network: `denoise(z_t, t) -> eps` is
-all they ask, and conditions, guidance and batching are its affair. All of them share one form,
+Each sampler is one plain function. It knows no image and no network, and all share one form,
 
     sampler(denoise, z, schedule, timesteps, *, final_alpha_bar, generator, callback) -> z_0
 
-where `z` is the starting noise (B, c, h, w), so that any of them can be taken from `SAMPLERS` by
-name. They compute in `z`'s dtype on its device; coefficients come from float64. Noise is drawn on
-the CPU in float32 and moved, so that a seed gives the same latent on every device.
+===================  ============================================================================
+denoise              `denoise(z_t, t) -> eps`: latents (B, c, h, w), steps (B,), the noise in them
+z                    standard normal noise (B, c, h, w): the latents at the first of `timesteps`
+schedule             gives alpha_bar
+timesteps            a number of evenly spaced steps, or the steps themselves
+final_alpha_bar      what the last step leads to; 1 is no noise at all
+generator            a generator on the CPU; None takes torch's global one
+callback             `callback(i, z_t, z_0)` after each step
+noise                (`ddpm`, `ddim`) `noise(t)` (B, c, h, w) is added in the step that leaves t
+===================  ============================================================================
+
+All return latents (B, c, h, w) in `z`'s dtype on its device; coefficients come from float64. Noise
+is drawn on the CPU in float32 and moved, so that a seed gives the same latent on every device.
+ValueError says which parameter is out of range.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import index
 
 import torch
@@ -22,7 +33,7 @@ from torch import Tensor
 from arbscale.diffusion import Denoiser, NoiseSchedule
 
 Callback = Callable[[int, Tensor, Tensor], None]
-"""`callback(i, z_t, z_0)` after step i = 0, 1, ...: latents it led to, and its estimate of z_0."""
+"""`callback(i, z_t, z_0)` after step i = 0, 1, ...: the latents it led to, its estimate of z_0."""
 
 Timesteps = int | Sequence[int]
 """A number of steps, or the steps themselves, strictly decreasing."""
@@ -36,12 +47,9 @@ def spaced_timesteps(total: int, n: int, power: float = 1.0) -> list[int]:
     appendix D.2: denser at low noise, where a solver with few steps makes most of its error.
     """
     if not 1 <= n <= total:
-        raise ValueError(
-            f"the number of steps lies between 1 and the schedule's {total}, got {n}; "
-            "20 (dpm_solver_pp) to 200 (ddim) are usual"
-        )
+        raise ValueError(f"the number of steps is between 1 and the schedule's {total}, got {n}")
     if not 1 <= power < math.inf:
-        raise ValueError(f"power is at least 1, got {power}; 1 is even, 2 is quadratic")
+        raise ValueError(f"power is at least 1 (even) and finite, got {power}")
     steps = [0] if n > 1 else [total - 1]
     for k in range(1, n):
         steps.append(max(steps[-1] + 1, round((total - 1) * (k / (n - 1)) ** power)))
@@ -64,30 +72,6 @@ def ddpm(
 
     Implements Algorithm 2 of Ho et al. 2020 with the posterior's variance (eq. 7, the smaller of
     the two they try), without clipping. On a subset of the steps it is ancestral over that subset.
-
-    Parameters
-    ----------
-    denoise
-        Predicts the noise in latents (B, c, h, w) at steps (B,).
-    z
-        Standard normal noise (B, c, h, w), the latents at the first of `timesteps`.
-    schedule
-        Gives alpha_bar.
-    timesteps
-        A number of evenly spaced steps, the steps themselves, or None for all.
-    final_alpha_bar
-        What the last step leads to; 1 is no noise at all.
-    generator
-        A generator on the CPU; None takes torch's global one.
-    noise
-        `noise(t)` (B, c, h, w) is added in the step that leaves t, instead of drawn noise.
-    callback
-        Called after each step.
-
-    Returns
-    -------
-    The latents (B, c, h, w).
-
     """
     steps, alpha_bars = _grid(
         schedule, schedule.steps if timesteps is None else timesteps, final_alpha_bar
@@ -103,7 +87,7 @@ def ddpm(
         variance = (1 - to) / (1 - now) * beta
         if variance > 0:
             z = z + variance**0.5 * draw(t).to(z)
-        if callback is not None:
+        if callback:
             callback(i, z, z_0)
     return z
 
@@ -126,34 +110,10 @@ def ddim(
     Implements eq. 12 and 16 of Song, Meng and Ermon 2021 (DDIM), without clipping. With `eta = 0`
     it is deterministic, a first-order solver of the diffusion's ODE; with `eta = 1` it is `ddpm`.
 
-    Parameters
-    ----------
-    denoise
-        Predicts the noise in latents (B, c, h, w) at steps (B,).
-    z
-        Standard normal noise (B, c, h, w), the latents at the first of `timesteps`.
-    schedule
-        Gives alpha_bar.
-    timesteps
-        A number of evenly spaced steps, or the steps themselves.
-    eta
-        Share of fresh noise, in [0, 1].
-    final_alpha_bar
-        What the last step leads to; 1 is no noise at all, CompVis' code has `alpha_bar[0]`.
-    generator
-        A generator on the CPU; None takes torch's global one. Unused where `eta = 0`.
-    noise
-        `noise(t)` (B, c, h, w) is added in the step that leaves t, instead of drawn noise.
-    callback
-        Called after each step.
-
-    Returns
-    -------
-    The latents (B, c, h, w).
-
+    `eta` is the share of fresh noise, in [0, 1]. CompVis' code ends at `alpha_bar[0]`, not at 1.
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta lies in [0, 1], got {eta}; 0 is deterministic, 1 is ancestral")
+        raise ValueError(f"eta is between 0 (deterministic) and 1 (ancestral), got {eta}")
     steps, alpha_bars = _grid(schedule, timesteps, final_alpha_bar)
     draw = noise or _drawing(z, generator)
     for i, t in enumerate(steps):
@@ -164,7 +124,7 @@ def ddim(
         z = to**0.5 * z_0 + (1 - to - sigma**2) ** 0.5 * eps
         if sigma > 0:
             z = z + sigma * draw(t).to(z)
-        if callback is not None:
+        if callback:
             callback(i, z, z_0)
     return z
 
@@ -187,27 +147,7 @@ def dpm_solver_pp(
     and the last step's estimate. First order where that is impossible or unstable: the first step,
     a last step to no noise (lambda is infinite there), and the last of fewer than 15 steps.
 
-    Parameters
-    ----------
-    denoise
-        Predicts the noise in latents (B, c, h, w) at steps (B,).
-    z
-        Standard normal noise (B, c, h, w), the latents at the first of `timesteps`.
-    schedule
-        Gives alpha_bar.
-    timesteps
-        A number of evenly spaced steps, or the steps themselves.
-    final_alpha_bar
-        What the last step leads to; 1 is no noise at all.
-    generator
-        Unused, the solver is deterministic; here for the samplers' common form.
-    callback
-        Called after each step.
-
-    Returns
-    -------
-    The latents (B, c, h, w).
-
+    It is deterministic: `generator` is unused.
     """
     steps, alpha_bars = _grid(schedule, timesteps, final_alpha_bar)
     lambdas = [_half_log_snr(alpha_bar) for alpha_bar in alpha_bars]
@@ -224,7 +164,7 @@ def dpm_solver_pp(
             middle = z_0 + step / (2 * step_before) * (z_0 - z_0_before)  # (B, c, h, w)
         z = ((1 - to) / (1 - now)) ** 0.5 * z - to**0.5 * math.expm1(-step) * middle
         z_0_before = z_0
-        if callback is not None:
+        if callback:
             callback(i, z, z_0)
     return z
 
@@ -234,7 +174,10 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "ddim": ddim,
     "dpm_solver_pp": dpm_solver_pp,
 }
-"""The samplers by name, all callable as `(denoise, z, schedule, timesteps, *, generator, ...)`."""
+"""The samplers by name."""
+
+POWERS = {"dpm_solver_pp": 2.0}
+"""`power` of the grid of steps that suits a sampler, where it is not even (1)."""
 
 
 def get_sampler(name: str) -> Callable[..., Tensor]:
@@ -242,6 +185,32 @@ def get_sampler(name: str) -> Callable[..., Tensor]:
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; take one of {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How latents are drawn."""
+
+    steps: int = 20  # denoising steps
+    sampler: str = "dpm_solver_pp"  # ddpm, ddim or dpm_solver_pp
+    seed: int = 0  # decides everything
+
+    def generator(self) -> torch.Generator:
+        """Return a fresh generator on the CPU."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def run(
+        self,
+        denoise: Denoiser,
+        z: Tensor,
+        schedule: NoiseSchedule,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Run the sampler on the grid of steps that suits it; ValueError for unknown names."""
+        sampler = get_sampler(self.sampler)
+        timesteps = spaced_timesteps(schedule.steps, self.steps, POWERS.get(self.sampler, 1.0))
+        return sampler(denoise, z, schedule, timesteps, generator=generator, callback=callback)
 
 
 def _eps(denoise: Denoiser, z: Tensor, t: int) -> Tensor:
@@ -262,10 +231,7 @@ def _half_log_snr(alpha_bar: float) -> float:
 def _drawing(z: Tensor, generator: torch.Generator | None) -> Callable[[int], Tensor]:
     """Return a `noise(t)` that draws float32 noise like `z` on the CPU."""
     if generator is not None and generator.device.type != "cpu":
-        raise ValueError(
-            f"noise is drawn on the CPU, got a generator on {generator.device}; "
-            "make it with torch.Generator().manual_seed(seed)"
-        )
+        raise ValueError(f"noise is drawn on the CPU; got a generator on {generator.device}")
     return lambda t: torch.randn(z.shape, generator=generator, dtype=torch.float32)
 
 
@@ -278,8 +244,7 @@ def _grid(
     final = float(final_alpha_bar)
     if not alpha_bars[-1] <= final <= 1:
         raise ValueError(
-            f"final_alpha_bar lies between alpha_bar at the last step, {alpha_bars[-1]:.6f} at "
-            f"t = {steps[-1]}, and 1, got {final}; 1 leaves no noise"
+            f"final_alpha_bar is between {alpha_bars[-1]:.6f} (at the last step) and 1, got {final}"
         )
     return steps, [*alpha_bars, final]
 
@@ -298,6 +263,6 @@ def _check_timesteps(timesteps: Timesteps, total: int) -> list[int]:
     if not steps or not inside or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
         raise ValueError(
             f"timesteps is a number of steps or strictly decreasing integers in [0, {total}), "
-            f"got {timesteps!r}; for example 50 or spaced_timesteps({total}, 50)"
+            f"got {timesteps!r}"
         )
     return steps

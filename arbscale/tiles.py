@@ -1,21 +1,24 @@
-"""Overlapping tiles: networks that see a tile at a time, and pictures without seams.
+"""Overlapping tiles: networks that see a tile at a time, and images without seams.
 
 Tiles are cut in the input. What the denoiser says of them is blended at every step, from noise that
-does not depend on how the picture is cut; their decoded pixels are laid over those of the
-neighbours with a linear ramp across the overlap.
+does not depend on how the image is cut. Their decoded pixels are laid over those of the neighbours
+with a linear ramp across the overlap, after a correction that makes them agree with the input.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from arbscale.autoencoder import FirstStage
 from arbscale.coords import Size, Window
+from arbscale.diffusion import Denoiser
 
 Place = tuple[EllipsisType, slice, slice]
 """Which rows and columns of a tensor (..., h, w) something is."""
@@ -34,9 +37,9 @@ class Tile:
     over_top: int
     over_left: int
 
-    def cut(self, picture: Tensor) -> Tensor:
+    def cut(self, image: Tensor) -> Tensor:
         """Return the tile's part of the input (..., h, w)."""
-        return picture[..., self.top : self.bottom, self.left : self.right]
+        return image[..., self.top : self.bottom, self.left : self.right]
 
     def latent(self, zoom: float) -> Place:
         """Return where the tile lies in the latent, `zoom` latent pixels an input pixel."""
@@ -70,7 +73,7 @@ class Tile:
 
 
 def tiles(size: Size, side: int, overlap: int) -> Iterator[Tile]:
-    """Cover a picture of `size` with tiles of at most `side`, overlapping by at least `overlap`.
+    """Cover an image of `size` with tiles of at most `side`, overlapping by at least `overlap`.
 
     Raises ValueError unless 0 <= overlap < side.
     """
@@ -108,6 +111,24 @@ def blend(parts: Iterable[tuple[Place, Tensor]], like: Tensor) -> Tensor:
     return total / weights
 
 
+def blended(
+    denoisers: Sequence[tuple[Place, Denoiser]], after: Callable[[], None] | None = None
+) -> Denoiser:
+    """Return a denoiser of the whole latent from one per tile; `after()` follows each call.
+
+    At every step the noise that the tiles see is blended where they overlap, so that they agree on
+    one latent. Implements the fusion of Bar-Tal et al. 2023 (MultiDiffusion).
+    """
+
+    def parts(z: Tensor, t: Tensor) -> Iterator[tuple[Place, Tensor]]:
+        for place, denoise in denoisers:
+            yield place, denoise(z[place], t)
+            if after:
+                after()
+
+    return lambda z, t: blend(parts(z, t), z)
+
+
 def _tent(n: int, like: Tensor) -> Tensor:
     """Return the distances (n,) of n pixels from the border."""
     position = torch.arange(n, device=like.device, dtype=like.dtype) + 0.5
@@ -142,6 +163,62 @@ def _noise_block(seed: int, channels: int, row: int, col: int) -> Tensor:
     mixed = (seed * 1_000_003 + row) * 1_000_003 + col  # any mixing does: the generator scrambles
     generator = torch.Generator().manual_seed(mixed % 2**63)
     return torch.randn(channels, NOISE_BLOCK, NOISE_BLOCK, generator=generator)
+
+
+@torch.no_grad()
+def paint(
+    first_stage: FirstStage,
+    low: Tensor,
+    size: Size,
+    latents: Iterable[tuple[Tile, Tensor]],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Decode the latents of overlapping tiles into one image that agrees with `low`.
+
+    Parameters
+    ----------
+    first_stage
+        Decodes.
+    low
+        The input (3, h, w) in [-1, 1], on the CPU.
+    size
+        (height, width) of the image.
+    latents
+        Tiles of the input in their order, each with its unscaled latent (1, c, h', w').
+    dtype
+        float32, or uint8 for a quarter of the memory.
+
+    Returns
+    -------
+    Tensor
+        (3, height, width), in [-1, 1] or 8 bits.
+
+    """
+    out = torch.empty(3, *size, dtype=dtype)
+    for tile, z in latents:
+        window, coords, cells = tile.points(low.shape[-2:], size)
+        if window[2] and window[3]:
+            features = first_stage.features(z)
+            points = coords[None].to(features), cells[None].to(features)
+            rgb = first_stage.liif.query(features, *points)[0].mT.cpu()  # (3, N)
+            rgb = back_project(rgb.reshape(3, *window[2:]), tile.cut(low))
+            paste(out, rgb.clamp(-1, 1), window, coords, tile)
+    return out
+
+
+def back_project(rgb: Tensor, low: Tensor, rounds: int = 2) -> Tensor:
+    """Correct an image (3, H, W) so that, reduced, it agrees with its input (3, h, w).
+
+    The difference that an antialiased bicubic reduction leaves is enlarged and added, `rounds`
+    times. An image smaller than its input is returned as it is. Source: Irani and Peleg 1991.
+    """
+    if rgb.shape[-2] < low.shape[-2] or rgb.shape[-1] < low.shape[-1]:
+        return rgb
+    bicubic = {"mode": "bicubic", "antialias": True}
+    for _ in range(rounds):
+        error = low[None] - F.interpolate(rgb[None], low.shape[-2:], **bicubic)
+        rgb = rgb + F.interpolate(error, rgb.shape[-2:], **bicubic)[0]
+    return rgb
 
 
 def paste(out: Tensor, rgb: Tensor, window: Window, coords: Tensor, tile: Tile) -> None:

@@ -2,9 +2,20 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from arbscale import presets
 from arbscale.coords import cell, grid
-from arbscale.tiles import NOISE_BLOCK, Tile, blend, noise_field, paste, tiles
+from arbscale.tiles import (
+    NOISE_BLOCK,
+    Tile,
+    back_project,
+    blend,
+    noise_field,
+    paint,
+    paste,
+    tiles,
+)
 
 COVERS = [
     # input, tile, overlap
@@ -47,7 +58,7 @@ def test_tiles_are_evenly_spread():
 
 @pytest.mark.parametrize(("side", "overlap"), [(8, 8), (8, 9), (8, -1), (0, 0), (-4, 0)])
 def test_an_impossible_overlap_is_refused(side, overlap):
-    with pytest.raises(ValueError, match="take a larger tile"):
+    with pytest.raises(ValueError, match="tile"):
         list(tiles((20, 20), side, overlap))
 
 
@@ -187,3 +198,38 @@ def test_noise_is_named_by_its_seed():
     assert torch.equal(a, noise_field(1, 3, (0, 0), (40, 40)))
     assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.05
     assert noise_field(-5, 3, (0, 0), (4, 4)).isfinite().all()
+
+
+# Back-projection ----------------------------------------------------------------------------------
+
+
+def corrected(rgb, low):
+    """Write one round of back-projection as its definition says."""
+    reduced = F.interpolate(rgb[None], low.shape[-2:], mode="bicubic", antialias=True)
+    error = F.interpolate(low[None] - reduced, rgb.shape[-2:], mode="bicubic", antialias=True)
+    return rgb + error[0]
+
+
+def test_back_projection_has_two_rounds():
+    generator = torch.Generator().manual_seed(0)
+    rgb, low = (torch.rand(3, n, n, generator=generator) for n in (37, 10))
+    torch.testing.assert_close(back_project(rgb, low), corrected(corrected(rgb, low), low))
+    torch.testing.assert_close(back_project(rgb, low, rounds=1), corrected(rgb, low))
+    assert (back_project(rgb, low) - corrected(rgb, low)).abs().max() > 0.02
+
+
+def test_back_projection_leaves_what_is_smaller_than_its_input():
+    rgb = torch.rand(3, 9, 30)
+    assert torch.equal(back_project(rgb, torch.zeros(3, 10, 10)), rgb)
+
+
+@torch.no_grad()
+def test_paint_corrects_what_is_decoded_by_two_rounds():
+    torch.manual_seed(0)
+    first_stage = presets.build_first_stage(presets.tiny(8)).eval()
+    low, z = torch.rand(3, 8, 8) - 0.5, torch.randn(1, 3, 16, 16)
+    (tile,) = tiles((8, 8), 16, 4)
+    decoded = first_stage.decode(z, (29, 29))[0]
+    expected = corrected(corrected(decoded, low), low).clamp(-1, 1)
+    painted = paint(first_stage, low, (29, 29), [(tile, z)])
+    torch.testing.assert_close(painted, expected, atol=1e-5, rtol=1e-5)
