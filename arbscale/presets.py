@@ -46,6 +46,8 @@ class Preset:
     tiny_channels: int = 64  # width of the tiny encoder, TAESD's own by default
     head: str = "liif"  # one of HEADS
     finer: int = 1  # the interpolated head's features a latent pixel, along each side
+    encoder_attention_levels: tuple[int, ...] = ()  # levels with attention, beside the middle
+    decoder_attention_levels: tuple[int, ...] = ()  # the same for the symmetric decoder
     padding: str = "zeros"  # beyond the symmetric decoder's border: nn.Conv2d's padding_mode
     # denoiser
     unet_channels: int = 64  # width of the first level, at least 64
@@ -372,7 +374,8 @@ def build_encoder(preset: Preset) -> Encoder | TinyEncoder:
         preset.blocks,
         preset.latent_channels,
         preset.posterior,
-        groups=preset.groups,
+        preset.encoder_attention_levels,
+        preset.groups,
     )
 
 
@@ -385,7 +388,8 @@ def build_decoder(preset: Preset) -> Decoder | TinyDecoder:
         preset.multipliers,
         preset.blocks,
         preset.latent_channels,
-        groups=preset.groups,
+        preset.encoder_attention_levels,
+        preset.groups,
     )
 
 
@@ -396,8 +400,9 @@ def build_first_stage(preset: Preset) -> FirstStage:
         preset.multipliers,
         preset.blocks,
         preset.latent_channels,
-        groups=preset.groups,
-        padding=preset.padding,
+        preset.decoder_attention_levels,
+        preset.groups,
+        preset.padding,
     )
     return FirstStage(build_encoder(preset), decoder, build_head(preset), preset.posterior)
 
