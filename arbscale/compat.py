@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -105,15 +106,15 @@ def convert(checkpoint: Path, config: Path, folder: Path) -> str:
 
 
 def read_checkpoint(path: Path) -> State:
-    """Return a checkpoint's tensors; ValueError where it holds more than tensors and numbers."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
+    """Return a checkpoint's tensors; ValueError where it is damaged or holds more than tensors."""
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except (pickle.UnpicklingError, SafetensorError):
         raise ValueError(
-            f"{path} holds Python objects, which are not read; where you trust its source, save "
-            "its `state_dict` alone"
+            f"{path} is damaged or holds Python objects, which are not read; where you trust its "
+            "source, save its `state_dict` alone"
         ) from None
     state = found.get("state_dict", found) if isinstance(found, dict) else {}
     if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):

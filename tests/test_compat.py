@@ -344,8 +344,11 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
         compat.read_checkpoint(Path("evil.ckpt"))
     assert not Path("surprise").exists()
     torch.save({"state_dict": {"a": 1}}, "numbers.ckpt")
-    with pytest.raises(ValueError, match="numbers.ckpt"):
-        compat.read_checkpoint(Path("numbers.ckpt"))
+    Path("damaged.ckpt").write_bytes(b"damaged")
+    Path("damaged.safetensors").write_bytes(b"damaged")
+    for name in ("numbers.ckpt", "damaged.ckpt", "damaged.safetensors"):
+        with pytest.raises(ValueError, match=name):
+            compat.read_checkpoint(Path(name))
 
 
 # Variants of the U-Net ----------------------------------------------------------------------------
