@@ -139,7 +139,7 @@ class Encoder(nn.Module):
     multipliers
         Width of each level as a multiple of `channels`; between levels the size is halved.
     blocks
-        Residual blocks a level.
+        Residual blocks per level.
     latent_channels
         c. The output has 2 c channels (mean, log variance) when `posterior` is set.
     posterior
@@ -148,7 +148,7 @@ class Encoder(nn.Module):
         Levels with attention after each block; the middle has it always.
     groups
         Of group normalisation, 32 as published. A narrow network wants fewer: with one or two
-        channels a group the normalisation wipes out brightness and contrast.
+        channels per group the normalisation wipes out brightness and contrast.
 
     """
 
@@ -374,7 +374,7 @@ class FirstStage(nn.Module):
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] -> unscaled latent (B, c, H/f, W/f).
 
-        The posterior's mode where there is one. H and W must be multiples of `factor`.
+        It is the posterior's mode if there is one. H and W must be multiples of `factor`.
         """
         return self.posterior(image).mode if self.has_posterior else self.encoder(image)
 

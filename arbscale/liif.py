@@ -255,7 +255,7 @@ class InterpolatedLIIF(_Head):
 def _between(position: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Find the grid pixels before and after each point, and the share (N, 1) of the latter.
 
-    Beyond the outermost centres the outermost pixel goes on.
+    Beyond the outermost centres the outermost pixel is repeated.
     """
     u = ((position + 1) * (n / 2) - 0.5).clamp(0, n - 1)
     before = u.floor().long()

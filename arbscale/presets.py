@@ -36,7 +36,7 @@ class Preset:
     # first stage
     channels: int = 128  # width of the first level; also of the features that LIIF reads
     multipliers: tuple[int, ...] = (1, 2, 4)  # width of each level; f = 2 ** (levels - 1)
-    blocks: int = 2  # residual blocks a level
+    blocks: int = 2  # residual blocks per level
     latent_channels: int = 3  # c
     groups: int = 32  # of group normalisation; narrow networks want fewer
     posterior: bool = False  # whether the latent is a Gaussian posterior
@@ -46,14 +46,14 @@ class Preset:
     encoder: str = "residual"  # one of ENCODERS; "tiny" is TAESD's, with f = 8
     tiny_channels: int = 64  # width of the tiny encoder, TAESD's own by default
     head: str = "liif"  # one of HEADS
-    finer: int = 1  # the interpolated head's features a latent pixel, along each side
+    finer: int = 1  # the interpolated head's features per latent pixel along each side
     encoder_attention_levels: tuple[int, ...] = ()  # levels with attention, beside the middle
     decoder_attention_levels: tuple[int, ...] = ()  # the same for the symmetric decoder
     padding: str = "zeros"  # beyond the symmetric decoder's border: nn.Conv2d's padding_mode
     # denoiser
     unet_channels: int = 64  # width of the first level, at least 64
     unet_multipliers: tuple[int, ...] = (1, 2)  # width of each level
-    unet_blocks: int = 2  # residual blocks a level
+    unet_blocks: int = 2  # residual blocks per level
     unet_attention_levels: tuple[int, ...] = (1,)  # levels with attention, 0 the widest grid
     head_channels: int = 32  # width of an attention head
     # "unet_transformer" has a LatentTransformer in the middle, "transformer" is that alone
@@ -72,8 +72,8 @@ class Preset:
     image_size: int = 256  # the encoder's input
     low_size: int | None = None  # the low-resolution input of super-resolution; None: generation
     target_sizes: tuple[int, int] = (64, 256)  # LIIF's targets, uniform between these
-    first_stage_batch: int = 4  # images a step
-    diffusion_batch: int = 8  # images a step
+    first_stage_batch: int = 4  # images per step
+    diffusion_batch: int = 8  # images per step
     first_stage_lr: float = 5e-5  # Adam's learning rate for autoencoder and decoder
     diffusion_lr: float = 1e-6  # Adam's learning rate for the denoiser
     alignment_lr: float = 1e-6  # the same for the alignment stage

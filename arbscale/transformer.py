@@ -24,9 +24,9 @@ LONGEST = 100.0  # period of the slowest rotation in units of 2 pi tokens; laten
 
 
 def merge_positions(x: Tensor, merge: int) -> tuple[Tensor, Size]:
-    """Merge squares of `merge` positions a side: (B, C, h, w) -> (B, N, C * merge^2), and the grid.
+    """Merge squares of `merge` positions per side: (B, C, h, w) -> (B, N, C * merge^2), and the grid.
 
-    Where a side is no multiple of `merge`, its last position is repeated.
+    Where a side is not a multiple of `merge`, its last position is repeated.
     """
     height, width = x.shape[-2:]
     x = F.pad(x, (0, -width % merge, 0, -height % merge), mode="replicate")
@@ -43,7 +43,7 @@ def spread_tokens(tokens: Tensor, grid: Size, merge: int, size: Size) -> Tensor:
 def rotary_angles(grid: Size, head_channels: int, device: torch.device | None = None) -> Tensor:
     """Return each token's angles (N, head_channels / 2): those of its row, then of its column."""
     quarter = head_channels // 4
-    turns = LONGEST ** -(torch.arange(quarter, device=device) / quarter)  # radians a token
+    turns = LONGEST ** -(torch.arange(quarter, device=device) / quarter)  # radians per token
     rows, columns = (torch.arange(n, device=device)[:, None] * turns for n in grid)
     angles = [rows[:, None].expand(*grid, -1), columns[None].expand(*grid, -1)]
     return torch.cat(angles, dim=-1).flatten(0, 1)

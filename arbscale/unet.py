@@ -86,12 +86,12 @@ class UNet(nn.Module):
     condition_channels
         Channels of a condition that is concatenated to the noisy latent; 0 for none.
     channels
-        Width of the first level. Take at least 64: with one channel a group, group normalisation
+        Width of the first level. Take at least 64: with one channel per group, group normalisation
         removes what time has added, and the block is blind to t.
     multipliers
         Width of each level as a multiple of `channels`; between levels the size is halved.
     blocks
-        Residual blocks a level on the way down; one more on the way up.
+        Residual blocks per level on the way down; one more on the way up.
     attention_levels
         Levels with attention after each block; the middle has it always.
     head_channels

@@ -472,7 +472,7 @@ def test_check_fails_where_nothing_can_be_used(tmp_path, capsys):
     (tmp_path / "bad.jpg").touch()
     assert main(["check", str(tmp_path)]) == 2
     captured = capsys.readouterr()
-    assert "0 of 1" in captured.out and "no picture" in captured.err
+    assert "0 of 1" in captured.out and str(tmp_path) in captured.err
     assert main(["check", str(tmp_path / "none")]) == 2
 
 
