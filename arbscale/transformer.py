@@ -24,7 +24,7 @@ LONGEST = 100.0  # period of the slowest rotation in units of 2 pi tokens; laten
 
 
 def merge_positions(x: Tensor, merge: int) -> tuple[Tensor, Size]:
-    """Merge squares of `merge` positions per side: (B, C, h, w) -> (B, N, C * merge^2), and the grid.
+    """Merge squares of `merge` positions per side: (B, C, h, w) -> (B, N, C * merge^2), the grid.
 
     Where a side is not a multiple of `merge`, its last position is repeated.
     """
