@@ -1,38 +1,38 @@
-# Every target makes its own environment in .venv, from requirements.lock, with hashes.
-# Another Python than the one on the path:  make PYTHON=python3.12
+# Each target builds the environment .venv first, from requirements.lock with its hashes.
+# To use another Python than the one on the path:  make PYTHON=python3.12
 
 PYTHON ?= python3
 PY := .venv/bin/python
 NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
 
-# What the caller has activated must not decide what gets built or run.
+# An environment that the caller has activated must not affect the build.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lab notebooks lint lock clean
 
-help:  ## this list
+help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/.ready  ## generate and up-sample with the shipped weights, into outputs/demo.png
+demo: .venv/.ready  ## generate and up-sample with the shipped weights; writes outputs/demo.png
 	$(PY) -m arbscale demo $(ARGS)
 
-test: .venv/.ready  ## unit tests with their coverage, then every notebook against its outputs
+test: .venv/.ready  ## run all tests with coverage, then every notebook against its saved outputs
 	$(PY) -m pytest tests --cov --cov-report=term-missing:skip-covered $(ARGS)
 	$(PY) -m pytest --nbval notebooks
 
 lab: .venv/.ready  ## open the notebooks in JupyterLab
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m jupyterlab $(ARGS) notebooks
 
-notebooks: .venv/.ready  ## execute and save every notebook, in order
+notebooks: .venv/.ready  ## execute and save all notebooks, in order
 	$(PY) -m jupyter execute --inplace $(NOTEBOOKS)
 	$(PY) -c "$$STRIP" $(NOTEBOOKS)
 
-lint: .venv/.ready  ## ruff's rules and its formatting, over code and notebooks
+lint: .venv/.ready  ## check code and notebooks with ruff (rules and formatting)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 
-lock:  ## write requirements.lock anew (delete it first to take newer versions)
+lock:  ## update requirements.lock (delete it first to get newer versions)
 	$(check-python)
 	$(PYTHON) -m venv --clear build/lock
 	build/lock/bin/python -m pip install --quiet uv
@@ -40,11 +40,11 @@ lock:  ## write requirements.lock anew (delete it first to take newer versions)
 		--python-version 3.10 --custom-compile-command "make lock" --output-file requirements.lock \
 		pyproject.toml
 
-clean:  ## remove the environment, caches and builds (never outputs/ or runs/)
+clean:  ## remove the environment, caches and builds (keeps outputs/ and runs/)
 	rm -rf .venv build dist .pytest_cache .ruff_cache .coverage
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# The mark is removed first and set last: a half-built environment has none and starts afresh.
+# .ready is removed first and created last, so an unfinished environment is built again.
 .venv/.ready: pyproject.toml requirements.lock
 	$(check-python)
 	test -f $@ || $(PYTHON) -m venv --clear .venv
@@ -55,7 +55,7 @@ clean:  ## remove the environment, caches and builds (never outputs/ or runs/)
 	touch $@
 
 define check-python
-@command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) is not there; install Python, or name \
+@command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) was not found; install Python, or use \
 another: make PYTHON=/path/to/python3" >&2; exit 1; }
 @"$(PYTHON)" -c "$$CHECK"
 endef
@@ -66,25 +66,25 @@ found = sys.version_info[:2]
 text = open("pyproject.toml").read()
 low, high = map(int, re.search('requires-python = ">=3.([0-9]+),<3.([0-9]+)"', text).groups())
 if not (3, low) <= found < (3, high):
-    sys.exit("%s is Python %d.%d, and arbscale needs 3.%d to 3.%d; name another: "
+    sys.exit("%s is Python %d.%d, but arbscale needs 3.%d to 3.%d; use another: "
              "make PYTHON=/path/to/python3" % ((sys.executable,) + found + (low, high - 1)))
 try:
     import ensurepip, venv
 except ImportError:
     sys.exit("%s has no module venv; install it (Debian, Ubuntu: apt install python%d.%d-venv) or "
-             "name another: make PYTHON=/path/to/python3" % ((sys.executable,) + found))
+             "use another: make PYTHON=/path/to/python3" % ((sys.executable,) + found))
 endef
 export CHECK
 
-# When and with which Python a notebook ran differs each time; outputs and counts stay. Large
-# pictures are stored with 256 colours, dithered where the limit of the notebooks' contract allows.
+# Removes the time and the Python version of each run; keeps outputs and execution counts. Stores
+# large images with 256 colours, dithered if the notebook stays within the size limit of its test.
 define STRIP
 import base64, io, os, sys, nbformat
 from PIL import Image
 def smaller(png, dither):
-    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    palette, buffer = picture.quantize(256), io.BytesIO()
-    picture.quantize(palette=palette, dither=dither).save(buffer, "png", optimize=True)
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    palette, buffer = image.quantize(256), io.BytesIO()
+    image.quantize(palette=palette, dither=dither).save(buffer, "png", optimize=True)
     return min(png, base64.b64encode(buffer.getvalue()).decode() + "\n", key=len)
 for path in sys.argv[1:]:
     notebook = nbformat.read(path, as_version=4)

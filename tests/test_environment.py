@@ -137,7 +137,8 @@ def _wrong_addresses(text: str) -> list[str]:
 
 
 def test_every_link_to_the_repository_follows_the_constant():
-    files = [ROOT / "README.md", ROOT / "CITATION.cff", ROOT / "pyproject.toml"]
+    names = ("README.md", "CONTRIBUTING.md", "CITATION.cff", "pyproject.toml")
+    files = [ROOT / name for name in names]
     files += sorted((ROOT / "notebooks").glob("*.ipynb"))
     wrong = {f.name: _wrong_addresses(f.read_text("utf8")) for f in files if f.exists()}
     assert not any(wrong.values()), wrong
@@ -227,10 +228,10 @@ print(json.dumps({"file": arbscale.__file__, "loaded": loaded}))
 @pytest.mark.parametrize(
     ("trick", "said"),
     [
-        ("sys.version_info = (3, 8, 18, 'final', 0)", "is Python 3.8, and arbscale needs 3.10 to"),
-        ("sys.version_info = (3, 14, 0, 'final', 0)", "is Python 3.14, and arbscale needs 3.10 to"),
-        ("sys.modules['ensurepip'] = None", "has no module venv; install it"),
-        (None, "is not there; install Python"),
+        ("sys.version_info = (3, 8, 18, 'final', 0)", r"3\.8\b.* 3\.10 "),
+        ("sys.version_info = (3, 14, 0, 'final', 0)", r"3\.14\b.* 3\.10 "),
+        ("sys.modules['ensurepip'] = None", r"\bvenv\b"),
+        (None, r"/fake-python\b"),
     ],
 )
 def test_an_unfit_python_gives_one_line_that_names_the_mend(tmp_path, trick, said):
@@ -246,6 +247,6 @@ def test_an_unfit_python_gives_one_line_that_names_the_mend(tmp_path, trick, sai
     lines = [line for line in done.stderr.splitlines() if not line.startswith("make")]
     assert done.returncode != 0
     assert len(lines) == 1
-    assert said in lines[0]
+    assert re.search(said, lines[0])
     assert "make PYTHON=" in lines[0]
     assert not (tmp_path / ".venv").exists()

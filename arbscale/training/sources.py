@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from arbscale.coords import cell
-from arbscale.data import Scenes, random_crop, render_scenes, resize, sample_scenes, scene_colors
+from arbscale.data import (
+    Scenes,
+    render_scenes,
+    resize,
+    sample_scenes,
+    scene_colors,
+    training_crop,
+)
 from arbscale.presets import Preset
 
 
@@ -117,7 +124,8 @@ class PhotoSource:
         side = int(torch.randint(self.sides[0], self.sides[1] + 1, (), generator=generator))
         picks = torch.randint(len(self.images), (n,), generator=generator).tolist()
         seeds = torch.randint(1 << 62, (n,), generator=generator).tolist()
-        crops = [self._crop(picks[i], side, seeds[i]) for i in range(n)[part or slice(None)]]
+        wanted = range(n)[part or slice(None)]
+        crops = [training_crop(self.images[picks[i]], side, seeds[i]) for i in wanted]
         return PhotoBatch(torch.stack(crops))
 
     @cached_property
@@ -130,11 +138,6 @@ class PhotoSource:
         """Return pictures by number, below `count`: each picture, then its mirror image."""
         images = [(self.images[n // 2], n % 2) for n in numbers]
         return PhotoBatch(torch.stack([x.flip(-1) if mirrored else x for x, mirrored in images]))
-
-    def _crop(self, index: int, side: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        crop = random_crop(self.images[index], side, generator)
-        return crop.flip(-1) if torch.rand((), generator=generator) < 0.5 else crop
 
     @cached_property
     def identity(self) -> str | None:
