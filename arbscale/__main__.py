@@ -130,15 +130,17 @@ def check(
 
 
 def download(
-    name: Annotated[Positional[str], arg(help="such as div2k or afhq")],
+    name: Annotated[Positional[str], arg(help="div2k, afhq or taesd")],
     *,
-    output: Annotated[Path | None, arg(aliases=["-o"], help="default: ARBSCALE_DATA")] = None,
+    output: Annotated[Path | None, arg(aliases=["-o"], help="a folder")] = None,
 ) -> None:
-    """Download a public data set; rerun the same command to resume."""
-    from arbscale.data import data_root
+    """Download a public data set, or TAESD's encoder; finished files are kept.
+
+    Without --output, data go to the folder that ARBSCALE_DATA names, TAESD to ARBSCALE_WEIGHTS.
+    """
     from arbscale.data import download as downloads
 
-    for folder in downloads.download(name, output or data_root()):
+    for folder in downloads.download(name, output):
         _print(f"{folder} is complete")
     print(downloads.TERMS[name])
 
