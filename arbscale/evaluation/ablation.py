@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from arbscale import presets, training
+from arbscale import presets, store, training
 from arbscale.data import open_dataset
 from arbscale.diffusion import denoising_loss
 from arbscale.evaluation.bench import images_per_second
@@ -174,7 +174,7 @@ class _Arena:
         )
         self.network = extractor(settings.features, self.device)
         pictures = fingerprint(train), fingerprint(test)
-        self.key = training.fingerprint(self.base.first_stage, pictures)
+        self.key = store.content_key(pictures, module=self.base.first_stage)
 
     def preset(self, name: str) -> Preset:
         """Return a contestant's preset."""

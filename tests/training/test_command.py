@@ -13,7 +13,7 @@ import torch
 
 from arbscale import ArbitraryScaleModel, data, presets, store
 from arbscale.__main__ import main
-from arbscale.training import command, read_log, read_summary, stages
+from arbscale.training import command, denoiser, read_log, read_summary
 from arbscale.training.command import parse
 
 SMALL = {"image_size": 16, "target_sizes": (8, 16), "first_stage_batch": 2, "diffusion_batch": 4}
@@ -122,7 +122,7 @@ def test_a_folder_is_split_as_asked(monkeypatch):
         data, "open_dataset", lambda *a, **k: asked.append((a, k)) or [torch.zeros(3, 40, 40)]
     )
     options = parse("tiny -o o --data pics --parts 800 100 100 --subset 9".split())
-    command._source(options, options.preset)
+    command._source(options)
     assert asked == [(("pics", "train"), {"parts": (800, 100, 100), "subset": 9})]
 
 
@@ -130,10 +130,10 @@ def test_square_pictures_are_taken_whole(monkeypatch):
     sides = {"small": 40, "large": 80}
     monkeypatch.setattr(data, "open_dataset", lambda name, _: [torch.zeros(3, *2 * [sides[name]])])
     options = parse("tiny -o o --data small --whole --larger large".split())
-    source, generator = command._source(options, options.preset), torch.Generator()
+    source, generator = command._source(options), torch.Generator()
     assert {source(1, generator).largest for _ in range(60)} == {40, 80}
     options = parse("tiny -o o --data small --whole".split())
-    assert command._source(options, options.preset)(1, generator).largest == 40
+    assert command._source(options)(1, generator).largest == 40
 
 
 # Runs ---------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_the_run_folder_and_the_weights(run, tmp_path):
 def test_a_stopped_run_is_resumed(run, tmp_path, monkeypatch):
     words = "small --pool 8 --steps 2 3 4 2 --save-every 1 --sample-every 0"
     assert run(f"{words} -o whole")[0] == 0
-    draw = stages.DiffusionStage.draw
+    draw = denoiser.DiffusionStage.draw
 
     def unlucky(self, generator, part):
         if not (tmp_path / "stopped").exists():
@@ -166,7 +166,7 @@ def test_a_stopped_run_is_resumed(run, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return draw(self, generator, part)
 
-    monkeypatch.setattr(stages.DiffusionStage, "draw", unlucky)
+    monkeypatch.setattr(denoiser.DiffusionStage, "draw", unlucky)
     status, line = run(f"{words} -o mine")
     assert status == 2 and "diffusion: stopped by SIGTERM" in line and "resume" in line
     assert run(f"{words} -o mine --resume")[0] == 0

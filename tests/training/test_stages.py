@@ -19,17 +19,18 @@ from arbscale.model import ArbitraryScaleModel
 from arbscale.training import (
     PhotoBatch,
     Run,
+    denoiser,
     finetune_alignment,
+    first_stage,
     photo_source,
     scene_source,
-    stages,
     train_autoencoder,
     train_decoder,
     train_diffusion,
     train_first_stage,
     whole_source,
 )
-from arbscale.training.loop import make_accelerator
+from arbscale.training.processes import make_accelerator
 
 
 def shrunken(low_size: int | None = None, **changes) -> presets.Preset:
@@ -86,8 +87,8 @@ def test_pictures_are_taken_whole():
 
 def test_no_target_is_larger_than_the_pictures():
     preset, images = shrunken(target_sizes=(8, 64)), [torch.rand(3, 24, 24)] * 2
-    first_stage = presets.build_first_stage(preset)
-    stage = stages.DecoderStage(first_stage, whole_source(images), preset, False)
+    decoding = presets.build_first_stage(preset)
+    stage = first_stage.DecoderStage(decoding, whole_source(images), preset, False)
     cells = [stage.draw(seeded(k), slice(0, stage.batch))["cells"][0, 0] for k in range(40)]
     sizes = [round(2 / c.item()) for c in cells]
     assert max(sizes) <= 24 and len(set(sizes)) > 8
@@ -301,9 +302,9 @@ def test_the_pool_holds_what_single_calls_give():
     """Latents and conditions, scaled."""
     model = build(4)
     fixed = SOURCE(8, seeded())
-    stage = stages.DiffusionStage(model, lambda n, g: fixed, 8)
+    stage = denoiser.DiffusionStage(model, lambda n, g: fixed, 8)
     run = Run()
-    stage.prepare(run, make_accelerator(run, model.device), 0)
+    stage.prepare(run, make_accelerator(run.precision, model.device), 0)
     drawn = stage.draw(seeded(5), slice(2, 6))
     picks = torch.randint(8, (8,), generator=seeded(5))[2:6]
     with torch.no_grad():
@@ -321,11 +322,14 @@ def test_the_pool_holds_what_single_calls_give():
 def test_windows_are_neighbouring_pixels(crop):
     """Of each picture its own, at most the whole of it."""
     model = build(crop=crop)
-    stage = stages.DecoderStage(model.first_stage, SOURCE, model.preset, True)
+    stage = first_stage.DecoderStage(model.first_stage, SOURCE, model.preset, True)
     drawn = stage.draw(seeded(), slice(0, 4))
-    cells, points = drawn["cells"], drawn["coords"][:, stages.POINTS :]  # beside scattered ones
+    cells, points = (
+        drawn["cells"],
+        drawn["coords"][:, first_stage.POINTS :],
+    )  # beside scattered ones
     if not crop:
-        assert drawn["coords"].shape == (4, stages.POINTS, 2)
+        assert drawn["coords"].shape == (4, first_stage.POINTS, 2)
         return
     side = math.isqrt(points.shape[1])
     size = round(2 / cells[0, 0].item())
@@ -361,7 +365,7 @@ def test_v_is_another_reading_of_the_same_network():
     torch.testing.assert_close(eps, noise, atol=1e-4, rtol=1e-4)
     wrong = torch.randn(v.shape, generator=seeded())
     model.denoiser.forward = lambda z, t, condition: v + wrong
-    stage = stages.DiffusionStage(model, SOURCE, 4)
+    stage = denoiser.DiffusionStage(model, SOURCE, 4)
     expected = wrong.square().mean()
     torch.testing.assert_close(stage(z0, t, noise), expected, rtol=1e-3, atol=0)
 
@@ -375,11 +379,11 @@ def test_v_learns_and_samples():
 @pytest.mark.parametrize(("size", "share"), [(32, 1), (64, 1), (128, 1 / 16)])
 def test_lpips_counts_less_beyond_twice_what_the_encoder_sees(monkeypatch, size, share):
     model = build(lpips_weight=1.0, image_size=32, target_sizes=(size, size), crop=32)
-    stage = stages.DecoderStage(model.first_stage, SOURCE, model.preset, True)
+    stage = first_stage.DecoderStage(model.first_stage, SOURCE, model.preset, True)
     drawn = stage.draw(seeded(), slice(0, 4))
     losses = []
     for value in (0.0, 5.0):
-        monkeypatch.setattr(stages, "_perceptual", lambda *_, value=value: value)
+        monkeypatch.setattr(first_stage, "_perceptual", lambda *_, value=value: value)
         losses.append(stage(**drawn).item())
     assert losses[1] - losses[0] == pytest.approx(5 * share, rel=1e-4)
 
@@ -436,9 +440,9 @@ def test_previews_of_every_stage():
         model = build(low_size)
         helper = presets.build_decoder(model.preset)
         made = [
-            stages.AutoencoderStage(model.first_stage.encoder, helper, SOURCE, model.preset),
-            stages.DecoderStage(model.first_stage, SOURCE, model.preset, True),
-            stages.AlignmentStage(model, SOURCE, None),
+            first_stage.AutoencoderStage(model.first_stage.encoder, helper, SOURCE, model.preset),
+            first_stage.DecoderStage(model.first_stage, SOURCE, model.preset, True),
+            denoiser.AlignmentStage(model, SOURCE, None),
         ]
         for stage in made:
             items = stage.preview()
