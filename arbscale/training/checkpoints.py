@@ -53,19 +53,14 @@ def saved(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Return a checkpoint's tensors and its record; ValueError or OSError if it is damaged."""
-    record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    if store.sha256(path / STATE) != record["sha256"]:
-        raise ValueError("its SHA-256 is another one")
-    return load_file(path / STATE), record
-
-
 def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
-    """Return the newest intact checkpoint of a folder, with a warning for each damaged one."""
+    """Return the newest intact checkpoint's tensors and record, with a warning for damaged ones."""
     for path in saved(folder):
         try:
-            return load(path)
+            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+            if store.sha256(path / STATE) != record["sha256"]:
+                raise ValueError("its SHA-256 is another one")
+            return load_file(path / STATE), record
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             warnings.warn(f"{path} is damaged ({error}); taking the one before", stacklevel=2)
     return None

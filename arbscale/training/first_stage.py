@@ -11,7 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from arbscale.autoencoder import (
     Decoder,
@@ -146,13 +146,7 @@ class AutoencoderStage(ImageStage):
 
     name = "autoencoder"
 
-    def __init__(
-        self,
-        encoder: Encoder | TinyEncoder,
-        decoder: Decoder | TinyDecoder,
-        source: Source,
-        preset: Preset,
-    ):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, source: Source, preset: Preset):
         super().__init__(source, preset)
         self.encoder, self.decoder = encoder.requires_grad_(True), decoder.requires_grad_(True)
 

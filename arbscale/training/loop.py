@@ -28,8 +28,8 @@ from arbscale.training import checkpoints
 from arbscale.training.processes import make_accelerator, noted_signals
 from arbscale.training.runlog import RunLog
 
-LEAST = {"save_every": 1, "keep": 1, "sample_every": 0, "log_every": 1, "accumulation": 1}
-LEAST |= {"warm_up": 0, "workers": 0}
+LEAST = dict.fromkeys(("save_every", "keep", "log_every", "accumulation"), 1)
+LEAST |= dict.fromkeys(("sample_every", "warm_up", "workers"), 0)
 
 
 @dataclass(frozen=True)
@@ -333,21 +333,13 @@ class _Training:
 
 @dataclass(frozen=True)
 class _Draws(Dataset):
-    """Item k is what this process looks at in part k of the run: a function of k alone."""
+    """Item k is one process's share of part k of the run: a function of k alone."""
 
     stage: Stage
     seed: int
     parts: int
     processes: int
     process: int
-
-    def __post_init__(self) -> None:
-        shares = self.parts * self.processes
-        if self.stage.batch % shares:
-            raise ValueError(
-                f"{self.stage.name}: {self.stage.batch} images per step cannot be shared by "
-                f"{self.processes} processes in {self.parts} parts; take a multiple of {shares}"
-            )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         step, part = divmod(index, self.parts)
@@ -362,8 +354,14 @@ def loader(
 ) -> DataLoader:
     """Return what process `process` of `processes` looks at in the wanted parts of the run.
 
-    A step has `run.accumulation` parts; part 0 is the first of step 0.
+    A step has `run.accumulation` parts; part 0 is the first of step 0. ValueError where a batch
+    cannot be shared evenly.
     """
+    if stage.batch % (run.accumulation * processes):
+        raise ValueError(
+            f"{stage.name}: {stage.batch} images per step cannot be shared by {processes} processes"
+            f" in {run.accumulation} parts; take a multiple of {run.accumulation * processes}"
+        )
     return DataLoader(
         _Draws(stage, seed, run.accumulation, processes, process),
         batch_size=None,

@@ -179,15 +179,12 @@ def whole_source(images: Sequence[Tensor], larger: Sequence[Tensor] | None = Non
     `larger` holds some of them in a larger size: every fourth batch is drawn from it, so that
     targets beyond the others' size can be learned. ValueError for images that are not square.
     """
-    sources = [PhotoSource(x, _square(x[0])) for x in (images, larger) if x is not None]
-    return MixedSource(*sources, share=0.25) if len(sources) > 1 else sources[0]
-
-
-def _square(image: Tensor) -> tuple[int, int]:
-    height, width = image.shape[-2:]
+    if larger is not None:
+        return MixedSource(whole_source(images), whole_source(larger), share=0.25)
+    height, width = images[0].shape[-2:]
     if height != width:
         raise ValueError(f"an image of {height} x {width} is not square; crop it, or omit --whole")
-    return height, width
+    return PhotoSource(images, (height, width))
 
 
 def _identity(images: Any) -> str | None:
