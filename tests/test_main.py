@@ -229,6 +229,7 @@ def test_evaluate_says_what_it_cannot_do(run, offline, words, hint):
     assert status == 2 and hint in line[0] and "Traceback" not in line[0]
 
 
+@pytest.mark.slow
 def test_bench_and_table(run, tmp_path, capsys):
     words = ("--sizes", 16, "20x12", "--steps", 2, "--quick", "-o", "b.json")
     assert main(["bench", "scenes", *map(str, words)]) == 0

@@ -237,6 +237,7 @@ def test_a_teacher_gives_its_weights_or_its_latents(run, tmp_path, monkeypatch):
     assert encoder("last").layers[0].weight.shape[0] == 4
 
 
+@pytest.mark.slow
 def test_profile(run, tmp_path, monkeypatch):
     monkeypatch.setattr("arbscale.training.profiling.STEPS", 3)
     monkeypatch.setattr("arbscale.training.profiling.WARM_UP", 1)

@@ -457,6 +457,7 @@ def test_memory_is_saved_without_a_change():
     assert ends[2] == pytest.approx(ends[0], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"precision": "bf16"}, {"channels_last": True}])
 def test_other_arithmetic_learns_as_well(options):
     run = Run(**options)
