@@ -259,6 +259,7 @@ def test_evaluate_says_what_it_cannot_do(run, offline, words, fact):
     assert status == 2 and fact in said.splitlines()[-1] and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_bench_and_table(run, tmp_path, capsys):
     words = ("--sizes", 16, "20x12", "--steps", 2, "--quick", "-o", "b.json")
     assert main(["bench", "scenes", *map(str, words)]) == 0
@@ -274,7 +275,7 @@ def test_train_writes_a_model_that_loads(run, tmp_path, monkeypatch, name):
     small = replace(presets.tiny(low_size), image_size=16, target_sizes=(8, 32), diffusion_batch=4)
     small = replace(small, first_stage_batch=2)
     monkeypatch.setitem(presets.PRESETS, "small", lambda: small)
-    monkeypatch.setattr("arbscale.training.stages.POOL", 8)
+    monkeypatch.setattr("arbscale.training.denoiser.POOL", 8)
     data = "photos" if low_size else "scenes"
     out = tmp_path / "trained"
     assert run("train", "small", "--data", data, "--steps", 2, 2, 2, 2, "-o", out)[0] == 0

@@ -38,6 +38,7 @@ def test_the_presets_denoiser_is_the_winner_and_the_shipped_weights_are_of_the_f
             assert str(presets.build_denoiser(preset)) == str(presets.build_denoiser(same))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", COMPARISONS)
 def test_what_is_called_equal_is_equal(title):
     key = "parameters" if title.endswith("parameters") else "multiply_adds"
