@@ -9,13 +9,16 @@ NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab notebooks lint lock clean
+.PHONY: help demo quick test lab notebooks lint lock clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.ready  ## generate and up-sample with the shipped weights; writes outputs/demo.png
 	$(PY) -m arbscale demo $(ARGS)
+
+quick: .venv/.ready  ## run all tests but the slow ones, in a minute or two
+	$(PY) -m pytest tests -m "not slow" $(ARGS)
 
 test: .venv/.ready  ## run all tests with coverage, then every notebook against its saved outputs
 	$(PY) -m pytest tests --cov --cov-report=term-missing:skip-covered $(ARGS)

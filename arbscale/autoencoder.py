@@ -71,10 +71,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int = 32):
         super().__init__()
         self.norm = _norm(channels, groups)
-        self.q = _conv(channels, channels, 1)
-        self.k = _conv(channels, channels, 1)
-        self.v = _conv(channels, channels, 1)
-        self.out = _conv(channels, channels, 1)
+        self.q, self.k, self.v, self.out = (_conv(channels, channels, 1) for _ in range(4))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -112,12 +109,7 @@ class Upsample(nn.Module):
 
 
 def _level(
-    in_channels: int,
-    out_channels: int,
-    blocks: int,
-    attention: bool,
-    groups: int,
-    padding: str = "zeros",
+    in_channels: int, out_channels: int, blocks: int, attention: bool, groups: int, padding: str
 ) -> nn.Sequential:
     """`blocks` residual blocks, each followed by attention where asked."""
     layers: list[nn.Module] = []
@@ -147,7 +139,7 @@ class Encoder(nn.Module):
     multipliers
         Width of each level as a multiple of `channels`; between levels the size is halved.
     blocks
-        Residual blocks a level.
+        Residual blocks per level.
     latent_channels
         c. The output has 2 c channels (mean, log variance) when `posterior` is set.
     posterior
@@ -156,7 +148,7 @@ class Encoder(nn.Module):
         Levels with attention after each block; the middle has it always.
     groups
         Of group normalisation, 32 as published. A narrow network wants fewer: with one or two
-        channels a group the normalisation wipes out brightness and contrast.
+        channels per group the normalisation wipes out brightness and contrast.
 
     """
 
@@ -176,7 +168,7 @@ class Encoder(nn.Module):
         self.factor = 2 ** (len(widths) - 1)
         self.stem = _conv(3, channels, 3, padding=1)
         self.levels = nn.ModuleList(
-            _level(before, width, blocks, i in attention_levels, groups)
+            _level(before, width, blocks, i in attention_levels, groups, "zeros")
             for i, (before, width) in enumerate(zip([channels, *widths], widths, strict=False))
         )
         self.downs = nn.ModuleList(Downsample(width) for width in widths[:-1])
@@ -241,21 +233,19 @@ class Decoder(SymmetricDecoder):
     """The ordinary up-sampling decoder: latent (B, c, H/f, W/f) -> image (B, 3, H, W).
 
     The encoder is pre-trained against it; it knows one output size only. Parameters as in
-    `Encoder`.
+    `SymmetricDecoder`.
     """
 
     def __init__(
         self,
         channels: int = 128,
         multipliers: tuple[int, ...] = (1, 2, 4),
-        blocks: int = 2,
-        latent_channels: int = 3,
-        attention_levels: tuple[int, ...] = (),
-        groups: int = 32,
+        *args: Any,
+        **options: Any,
     ):
-        super().__init__(channels, multipliers, blocks, latent_channels, attention_levels, groups)
+        super().__init__(channels, multipliers, *args, **options)
         self.ups = nn.ModuleList(Upsample(channels * m) for m in reversed(multipliers[1:]))
-        self.norm = _norm(channels * multipliers[0], groups)
+        self.norm = _norm(channels * multipliers[0], self.middle[0].norm1.num_groups)
         self.conv = _conv(channels * multipliers[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -325,10 +315,8 @@ class TinyDecoder(nn.Module):
 
 def _check_sides(image: Tensor, factor: int) -> None:
     if image.shape[-2] % factor or image.shape[-1] % factor:
-        raise ValueError(
-            f"the encoder takes sides that are multiples of {factor}, got "
-            f"{image.shape[-2]} x {image.shape[-1]}; crop or resize the image"
-        )
+        size = f"{image.shape[-2]} x {image.shape[-1]}"
+        raise ValueError(f"the encoder takes sides that are multiples of {factor}, got {size}")
 
 
 @dataclass(frozen=True)
@@ -386,14 +374,14 @@ class FirstStage(nn.Module):
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] -> unscaled latent (B, c, H/f, W/f).
 
-        The posterior's mode where there is one. H and W must be multiples of `factor`.
+        It is the posterior's mode if there is one. H and W must be multiples of `factor`.
         """
         return self.posterior(image).mode if self.has_posterior else self.encoder(image)
 
     def posterior(self, image: Tensor) -> GaussianPosterior:
         """Return the Gaussian over latents; RuntimeError where latents are deterministic."""
         if not self.has_posterior:
-            raise RuntimeError("this first stage has no posterior; call encode for its latent")
+            raise RuntimeError("this first stage has no posterior; call encode")
         return GaussianPosterior.from_moments(self.encoder(image))
 
     def features(self, z: Tensor) -> Tensor:
@@ -401,9 +389,9 @@ class FirstStage(nn.Module):
         return self.decoder(z)
 
     def render(self, features: Tensor, size: int | Size, window: Window | None = None) -> Tensor:
-        """Features (B, C, h, w) -> picture (B, 3, H, W) of any size; see `LIIF.render`."""
+        """Features (B, C, h, w) -> image (B, 3, H, W) of any size; see `LIIF.render`."""
         return self.liif.render(features, size, window)
 
     def decode(self, z: Tensor, size: int | Size, window: Window | None = None) -> Tensor:
-        """Latent (B, c, h, w) -> picture (B, 3, H, W) of any size, or a window of it."""
+        """Latent (B, c, h, w) -> image (B, 3, H, W) of any size, or a window of it."""
         return self.render(self.features(z), size, window)

@@ -1,29 +1,40 @@
-"""Read published state dicts: the paper's released code, CompVis' latent diffusion, TAESD's.
+"""Read published weights: the paper's released code, CompVis' latent diffusion, TAESD's.
 
 Each reader pairs every published layer with one of ours, and raises ValueError that lists what is
-missing and what is left over. The dictionaries are read with `torch.load(..., weights_only=True)`
-or from safetensors by the caller; nothing here unpickles.
+missing, unexpected or of another shape. `convert` turns a checkpoint and its YAML into a folder
+that `arbscale.load` reads. Nothing here unpickles: checkpoints are safetensors, or are read with
+`torch.load(..., weights_only=True)`.
 """
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from arbscale.autoencoder import (
-    Encoder,
-    FirstStage,
-    SymmetricDecoder,
-    TinyDecoder,
-    TinyEncoder,
-)
-from arbscale.liif import LIIF
+from arbscale import presets
+from arbscale.autoencoder import Encoder, FirstStage, SymmetricDecoder, TinyDecoder, TinyEncoder
+from arbscale.model import ArbitraryScaleModel
+from arbscale.presets import Preset
 from arbscale.unet import UNet
 
 State = dict[str, Tensor]
 Pairs = Iterable[tuple[str, str]]
+
+FIRST_STAGE, UNET, EMA = "first_stage_model.", "model.diffusion_model.", "model_ema."
+"""Prefixes of the parts of a whole checkpoint."""
+
+BUFFERS = re.compile(
+    r"(sqrt_|log_)?(recip(m1)?_)?(one_minus_)?alphas_cumprod(_prev)?|lvlb_weights"
+    r"|betas|logvar|scale_factor|posterior_(variance|log_variance_clipped|mean_coef[12])"
+)
+"""Numbers in a whole checkpoint that follow from its config, and the scale factor."""
 
 RESIDUAL = ("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2")
 FIRST_STAGE_BLOCK = (*RESIDUAL, ("nin_shortcut", "skip"))
@@ -41,38 +52,169 @@ LDM_UNUSED = ("decoder.", "post_quant_conv.", "quantize.", "loss.")
 """Parts of a CompVis first stage that have no place here: its decoder up-samples."""
 
 
+def convert(checkpoint: Path, config: Path, folder: Path) -> str:
+    """Write a published model as a folder that `arbscale.load` reads; return what it holds.
+
+    Parameters
+    ----------
+    checkpoint
+        Of the released code (a first stage, or a whole diffusion model) or of CompVis' latent
+        diffusion: safetensors, or what `torch.save` wrote, with tensors and plain numbers alone.
+    config
+        The YAML that it was trained with, as published.
+    folder
+        Where weights and manifest go.
+
+    Raises ValueError that names what is missing, unexpected or not supported.
+
+    """
+    import yaml
+
+    state = read_checkpoint(checkpoint)
+    try:
+        tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+        preset = _preset(tree, folder.resolve().name)
+        params = tree["model"]["params"]
+        first = params.get("first_stage_config", {"params": params})["params"]
+    except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(f"{config} is not a published config: {error!r}") from None
+    whole = "unet_config" in params
+    scale_factor = float(state.get("scale_factor", params.get("scale_factor", 1.0)))
+    model, untrained = ArbitraryScaleModel(preset, scale_factor), {}
+    if whole:
+        _check_parts(state)
+        unet = unet_from_reference({"unet": params["unet_config"]["params"]}, _averaged(state))
+        model.denoiser.load_state_dict(unet.state_dict())
+    else:
+        untrained["denoiser"] = "0 0 4000 0"
+    state = _under(state, FIRST_STAGE)
+    if "liifconfig" in first:
+        trained = {k: v for k, v in state.items() if not k.startswith("loss.")}
+        model.first_stage.load_state_dict(first_stage_from_reference(first, trained).state_dict())
+    else:
+        model.first_stage.encoder.load_state_dict(encoder_from_ldm(first, state).state_dict())
+        untrained["decoder"] = "0 2500 0 0"
+    for part, steps in untrained.items():
+        model.manifest[part] = (
+            f"untrained; train it with `python -m arbscale train tiny --start {folder.name} "
+            f"--data IMAGES --steps {steps} -o OUTPUT`"
+        )
+    model.manifest |= {"name": preset.name, "source": checkpoint.name, "config": config.name}
+    model.save(folder)
+    notes = [f"{part}: {model.manifest[part]}" for part in untrained]
+    return "\n".join([f"wrote {folder}; scale factor {scale_factor:.6g}", *notes])
+
+
+def read_checkpoint(path: Path) -> State:
+    """Return a checkpoint's tensors; ValueError where it is damaged or holds more than tensors."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError):
+        raise ValueError(
+            f"{path} is damaged or holds Python objects, which are not read; where you trust its "
+            "source, save its `state_dict` alone"
+        ) from None
+    state = found.get("state_dict", found) if isinstance(found, dict) else {}
+    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} holds no state dict")
+    return state
+
+
+def _preset(tree: dict, name: str) -> Preset:
+    """Return the preset that a published config describes."""
+    params = tree["model"]["params"]
+    first = params.get("first_stage_config", {"params": params})["params"]
+    fields = _first_stage_fields(first)
+    train = first.get("trainconfig", params.get("trainconfig", {}))
+    size = fields["image_size"]
+    fields["target_sizes"] = train.get("gt_min", size // 4), train.get("gt_max", size)
+    if params.get("beta_schedule", "linear") != "linear":
+        raise ValueError(f"beta_schedule {params['beta_schedule']} is not supported, but linear is")
+    if params.get("parameterization", "eps") not in ("eps", "v"):
+        raise ValueError(f"parameterization {params['parameterization']} is not supported")
+    if "unet_config" in params:
+        unet = params["unet_config"]["params"]
+        fields |= _unet_fields(unet)
+        fields["beta_start"] = params.get("linear_start", 1e-4)
+        fields["beta_end"] = params.get("linear_end", 2e-2)
+        fields["diffusion_steps"] = params.get("timesteps", 1000)
+        fields["prediction"] = params.get("parameterization", "eps")
+        if unet["in_channels"] != unet["out_channels"]:
+            if not params.get("c_encode"):
+                raise ValueError("a condition that is not an encoded image is not supported")
+            fields["low_size"] = tree["data"]["params"]["train"]["params"]["lr_size"]
+    return Preset(name, **fields)
+
+
+def _first_stage_fields(config: dict) -> dict:
+    """Return the preset's fields of a first stage; `attn_resolutions` are sizes in pixels."""
+    dd, liif = config["ddconfig"], config.get("liifconfig", {})
+    levels = tuple(range(len(dd["ch_mult"])))
+    attends = [dd["resolution"] // 2**i in dd["attn_resolutions"] for i in levels]
+    return {
+        "channels": dd["ch"],
+        "multipliers": tuple(dd["ch_mult"]),
+        "blocks": dd["num_res_blocks"],
+        "latent_channels": dd["z_channels"],
+        "posterior": dd.get("double_z", False),
+        "encoder_attention_levels": tuple(i for i in levels if attends[i]),
+        "decoder_attention_levels": levels if attends[-1] else (),  # all at the latent's size
+        "hidden": tuple(liif.get("hidden_list", (256,) * 4)),
+        "local_ensemble": liif.get("local_ensemble", True),
+        "cell_decode": liif.get("cell_decode", True),
+        "image_size": dd["resolution"],
+    }
+
+
+def _unet_fields(u: dict) -> dict:
+    """Return the preset's fields of a U-Net, whose `attention_resolutions` are factors."""
+    return {
+        "unet_channels": u["model_channels"],
+        "unet_multipliers": tuple(u["channel_mult"]),
+        "unet_blocks": u["num_res_blocks"],
+        "unet_attention_levels": tuple(
+            i for i in range(len(u["channel_mult"])) if 2**i in u["attention_resolutions"]
+        ),
+        "head_channels": u.get("num_head_channels", -1),
+    }
+
+
+def _averaged(state: State) -> State:
+    """Return the U-Net's tensors, each as its moving average where the checkpoint has one."""
+    unet = _under(state, UNET)
+    names = {k: EMA + f"diffusion_model.{k}".replace(".", "") for k in unet}
+    return {k: state.get(names[k], tensor) for k, tensor in unet.items()}
+
+
+def _check_parts(state: State) -> None:
+    """Raise ValueError for keys of a whole checkpoint that belong to no part we know."""
+
+    def known(key: str) -> bool:
+        ours, cond, rest = key.partition("cond_stage_model.")  # may be the first stage again
+        again = not ours and cond and FIRST_STAGE + rest in state
+        return bool(again) or key.startswith((FIRST_STAGE, UNET, EMA))
+
+    unknown = [key for key in sorted(state) if not known(key) and not BUFFERS.fullmatch(key)]
+    if unknown:
+        raise ValueError(f"the checkpoint does not fit its config: unexpected {unknown}")
+
+
 def first_stage_from_reference(config: dict, state: State) -> FirstStage:
     """Build the first stage of the paper's released code from its state dict.
 
     `config` holds `ddconfig` and `liifconfig` as released; `state` has the keys `encoder.0.*`,
     `encoder.1.*`, `decoder.decoder.0.*`, `decoder.decoder.1.*`, `decoder.inr.imnet.*`.
-    Raises ValueError on missing, unexpected or ill-shaped tensors.
     """
-    dd, liif = config["ddconfig"], config["liifconfig"]
-    encoder = _encoder(dd)
-    decoder = SymmetricDecoder(
-        dd["ch"],
-        tuple(dd["ch_mult"]),
-        dd["num_res_blocks"],
-        dd["z_channels"],
-        _levels_with_attention(dd, "decoder"),
-    )
-    head = LIIF(
-        dd["ch"] * dd["ch_mult"][0],
-        tuple(liif["hidden_list"]),
-        liif.get("local_ensemble", True),
-        liif.get("cell_decode", True),
-    )
-    first_stage = FirstStage(encoder, decoder, head, posterior=dd.get("double_z", False))
+    first_stage = presets.build_first_stage(Preset("released", **_first_stage_fields(config)))
+    layers = range(len(first_stage.liif.layers))
     pairs = [
-        *_prefixed(_encoder_pairs(encoder), "encoder.0.", "encoder."),
+        *_prefixed(_encoder_pairs(first_stage.encoder), "encoder.0.", "encoder."),
         ("encoder.1", "encoder.head"),
         ("decoder.decoder.0", "decoder.stem.0"),
-        *_prefixed(_decoder_pairs(decoder), "decoder.decoder.1.", "decoder."),
-        *(
-            (f"decoder.inr.imnet.layers.{2 * i}", f"liif.layers.{i}")
-            for i in range(len(head.layers))
-        ),
+        *_prefixed(_decoder_pairs(first_stage.decoder), "decoder.decoder.1.", "decoder."),
+        *((f"decoder.inr.imnet.layers.{2 * i}", f"liif.layers.{i}") for i in layers),
     ]
     return _load(first_stage, pairs, state)
 
@@ -82,11 +224,11 @@ def encoder_from_ldm(config: dict, state: State) -> Encoder:
 
     `config` holds `ddconfig`; `state` is the first stage's or a whole checkpoint's state dict
     (keys under `first_stage_model.`). The up-sampling decoder, the codebook and the training loss
-    have no place here and are left out; anything else unknown raises ValueError.
+    have no place here and are left out.
     """
-    state = _under(state, "first_stage_model.")
+    state = _under(state, FIRST_STAGE)
     state = {k: v for k, v in state.items() if not k.startswith(LDM_UNUSED)}
-    encoder = _encoder(config["ddconfig"])
+    encoder = presets.build_encoder(Preset("ldm", **_first_stage_fields(config)))
     pairs = [*_prefixed(_encoder_pairs(encoder), "encoder.", ""), ("quant_conv", "head")]
     return _load(encoder, pairs, state)
 
@@ -96,30 +238,17 @@ def unet_from_reference(config: dict, state: State) -> UNet:
 
     `config` holds `unet`, the network's arguments as published, and, for a conditional network,
     more input than output channels. `state` is the network's own state dict or a whole
-    checkpoint's (keys under `model.diffusion_model.`). Raises ValueError on what does not fit.
+    checkpoint's (keys under `model.diffusion_model.`).
     """
     u = config["unet"]
-    for option in (
-        "use_spatial_transformer",
-        "use_scale_shift_norm",
-        "resblock_updown",
-        "use_new_attention_order",
-    ):
+    options = "use_spatial_transformer", "use_scale_shift_norm", "resblock_updown"
+    for option in (*options, "use_new_attention_order"):
         if u.get(option):
             raise ValueError(f"{option} is not supported; this reader takes plain attention U-Nets")
     if u.get("num_head_channels", -1) < 1:
         raise ValueError("the U-Net's config must give num_head_channels, the width of a head")
-    multipliers = tuple(u["channel_mult"])
-    unet = UNet(
-        u["out_channels"],
-        u["in_channels"] - u["out_channels"],
-        u["model_channels"],
-        multipliers,
-        u["num_res_blocks"],
-        tuple(i for i in range(len(multipliers)) if 2**i in u["attention_resolutions"]),
-        u["num_head_channels"],
-    )
-    return _load(unet, _unet_pairs(unet), _under(state, "model.diffusion_model."))
+    unet = UNet(u["out_channels"], u["in_channels"] - u["out_channels"], *_unet_fields(u).values())
+    return _load(unet, _unet_pairs(unet), _under(state, UNET))
 
 
 def tiny_encoder(state: State) -> TinyEncoder:
@@ -142,25 +271,6 @@ def _load_tiny(kind: type, first: str, axis: int, state: State) -> nn.Module:
     net = kind(state[first].shape[0], latent)
     names = {k.rpartition(".")[0] for k in net.layers.state_dict()}
     return _load(net, [(name, f"layers.{name}") for name in sorted(names)], state)
-
-
-def _encoder(dd: dict) -> Encoder:
-    return Encoder(
-        dd["ch"],
-        tuple(dd["ch_mult"]),
-        dd["num_res_blocks"],
-        dd["z_channels"],
-        dd.get("double_z", False),
-        _levels_with_attention(dd, "encoder"),
-    )
-
-
-def _levels_with_attention(dd: dict, part: str) -> tuple[int, ...]:
-    """Levels whose working size is among `attn_resolutions`; the decoder works at the latent's."""
-    levels = range(len(dd["ch_mult"]))
-    last = levels[-1]
-    sizes = [dd["resolution"] // 2 ** (last if part == "decoder" else i) for i in levels]
-    return tuple(i for i in levels if sizes[i] in dd["attn_resolutions"])
 
 
 def _prefixed(pairs: Pairs, theirs: str, ours: str) -> Pairs:
@@ -259,8 +369,8 @@ def _load(module: nn.Module, pairs: Pairs, state: State) -> nn.Module:
     unexpected = sorted(set(state) - set(taken) - {m.split()[0] for m in misfits})
     if missing or unexpected or misfits:
         raise ValueError(
-            f"the state dict does not fit its config: missing {missing}, unexpected {unexpected}, "
-            f"of another shape {misfits}; pass the config that the weights were trained with"
+            f"the checkpoint does not fit its config: missing {missing}, unexpected {unexpected}, "
+            f"of another shape {misfits}"
         )
     module.load_state_dict({name: tensor.float() for name, tensor in taken.values()})
     return module

@@ -1,8 +1,8 @@
 """Where pixels are: the one place that states the coordinate convention.
 
-A picture covers the square [-1, 1] x [-1, 1] whatever its size. Coordinates come as (y, x), y down.
+An image covers the square [-1, 1] x [-1, 1] whatever its size. Coordinates come as (y, x), y down.
 Pixel i of n has its centre at `-1 + (2 i + 1) / n` and a cell (its extent) of `2 / n`.
-Sizes are `(height, width)`; a window is `(top, left, height, width)` in pixels of a picture.
+Sizes are `(height, width)`; a window is `(top, left, height, width)` in pixels of an image.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def check_size(size: int | Size) -> Size:
 
 
 def check_window(window: Window | None, size: Size) -> Window:
-    """Return `window`, or the whole picture for None; ValueError if it leaves the picture."""
+    """Return `window`, or the whole image for None; ValueError if it leaves the image."""
     if window is None:
         return (0, 0, *size)
     top, left, height, width = window
     inside = 0 <= top <= top + height <= size[0] and 0 <= left <= left + width <= size[1]
     if not inside or height < 1 or width < 1:
         raise ValueError(
-            f"window (top, left, height, width) = {tuple(window)} does not lie in a picture of "
+            f"window (top, left, height, width) = {tuple(window)} does not lie in an image of "
             f"{size[0]} x {size[1]}; take one with top + height <= {size[0]} and left + width <= "
             f"{size[1]}"
         )
@@ -66,7 +66,7 @@ def pixel_centres(n: int, device: torch.device | None = None) -> Tensor:
 
 
 def grid(size: Size, window: Window | None = None, device: torch.device | None = None) -> Tensor:
-    """Return the pixel centres (y, x) of a picture or of a window of it, shape (H, W, 2)."""
+    """Return the pixel centres (y, x) of an image or of a window of it, shape (H, W, 2)."""
     top, left, height, width = check_window(window, size)
     y = pixel_centres(size[0], device)[top : top + height]
     x = pixel_centres(size[1], device)[left : left + width]
@@ -74,5 +74,5 @@ def grid(size: Size, window: Window | None = None, device: torch.device | None =
 
 
 def cell(size: Size, device: torch.device | None = None) -> Tensor:
-    """Return the extent (y, x) of one pixel of a picture of `size`, shape (2,)."""
+    """Return the extent (y, x) of one pixel of an image of `size`, shape (2,)."""
     return torch.tensor([2 / size[0], 2 / size[1]], device=device)

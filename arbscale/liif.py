@@ -1,4 +1,4 @@
-"""LIIF: an MLP that paints any pixel of any picture from a grid of features.
+"""LIIF: an MLP that paints any pixel of any image from a grid of features.
 
 Implements the local implicit image function of Chen, Liu and Wang 2021 without feature unfolding,
 as Kim and Kim 2024 use it. A query point looks at the four latent pixels around it; for each, the
@@ -26,7 +26,8 @@ TIE = 1e-5  # of a latent pixel: a point on the border belongs to the latent pix
 class _Head(nn.Module):
     """What both heads share: points and grids in blocks of bounded memory.
 
-    A head prepares a table (B, rows, hidden) from the features once, and paints points from it.
+    A head prepares a table (B, rows, hidden) from features (B, C, h, w) at cells (B, 2) once, by
+    `_project`, and paints colours (N, 3) at points (N, 2) from one image's table, by `_paint`.
     """
 
     in_channels: int
@@ -41,9 +42,9 @@ class _Head(nn.Module):
         features
             (B, C, h, w).
         coords
-            (B, N, 2), (y, x) in [-1, 1], pixel centres of the wanted picture.
+            (B, N, 2), (y, x) in [-1, 1], pixel centres of the wanted image.
         cells
-            (B, 2), extent (y, x) of one pixel of the wanted picture, 2 / size.
+            (B, 2), extent (y, x) of one pixel of the wanted image, 2 / size.
         block
             Points computed at a time; None for all at once. The result is the same.
 
@@ -74,24 +75,11 @@ class _Head(nn.Module):
         window: Window | None = None,
         block: int | None = BLOCK,
     ) -> Tensor:
-        """Paint a picture of any `size`, or a window of it, in blocks of bounded memory.
+        """Paint an image of any `size`, or a window of it, in blocks of bounded memory.
 
-        Parameters
-        ----------
-        features
-            (B, C, h, w).
-        size
-            (height, width) of the whole picture, any positive integers.
-        window
-            (top, left, height, width) in pixels of that picture; None for all of it.
-        block
-            Pixels painted at a time; None for all at once. The result is the same.
-
-        Returns
-        -------
-        Tensor
-            (B, 3, height, width), about [-1, 1].
-
+        Features (B, C, h, w) -> (B, 3, height, width), about [-1, 1]. `size` is (height, width) of
+        the whole image; `window` is (top, left, height, width) in its pixels; `block` as in
+        `query`.
         """
         size = check_size(size)
         _, _, height, width = window = check_window(window, size)
@@ -102,14 +90,6 @@ class _Head(nn.Module):
             features, coords.expand(batch, -1, -1), cells.expand(batch, -1), block
         )  # (B, H*W, 3)
         return rgb.mT.reshape(batch, 3, height, width)
-
-    def _project(self, features: Tensor, cells: Tensor) -> Tensor:
-        """Prepare the table of each image's features (B, C, h, w) at cells (B, 2)."""
-        raise NotImplementedError
-
-    def _paint(self, table: Tensor, latent_size: Size, coords: Tensor) -> Tensor:
-        """Colours (N, 3) at points (N, 2) from one image's table."""
-        raise NotImplementedError
 
     def _check_features(self, features: Tensor) -> None:
         if features.ndim != 4 or features.shape[1] != self.in_channels:
@@ -169,7 +149,7 @@ class LIIF(_Head):
         return table + bias[:, None]
 
     def _paint(self, table: Tensor, latent_size: Size, coords: Tensor) -> Tensor:
-        """Colours (N, 3) at points (N, 2) from one picture's table (h*w, hidden)."""
+        """Colours (N, 3) at points (N, 2) from one image's table (h*w, hidden)."""
         steps = (-0.5, 0.5) if self.local_ensemble else (0.0,)
         rows, cols = (
             [_neighbour(coords[:, axis], latent_size[axis], step) for step in steps]
@@ -275,7 +255,7 @@ class InterpolatedLIIF(_Head):
 def _between(position: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Find the grid pixels before and after each point, and the share (N, 1) of the latter.
 
-    Beyond the outermost centres the outermost pixel goes on.
+    Beyond the outermost centres the outermost pixel is repeated.
     """
     u = ((position + 1) * (n / 2) - 0.5).clamp(0, n - 1)
     before = u.floor().long()

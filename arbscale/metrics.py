@@ -2,14 +2,15 @@
 
 The definition is part of the number. PSNR and SSIM are those of the super-resolution benchmarks, on
 images rounded to 8 bits; say with every result which colour space and which border it has. The
-distances between sets take features, (N, D) for N pictures; which network made them is part of the
-number. How sets are streamed through a network is in `evaluation`, as is the speed.
+distances between sets take features, (N, D) for N images; which network made them is part of the
+number. How sets pass through a network is in `evaluation`, as is the speed.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,6 @@ from torch import Tensor
 from arbscale.coords import Size, check_size
 
 __all__ = [
-    "FeatureStatistics",
     "frechet_distance",
     "lpips",
     "lpips_is_there",
@@ -61,68 +61,36 @@ def psnr(a: Tensor, b: Tensor, space: str = "rgb", border: int = 0) -> float:
 
 
 def ssim(a: Tensor, b: Tensor, space: str = "rgb", border: int = 0) -> float:
-    """Structural similarity, at most 1, which identical images have.
+    """Structural similarity, at most 1, which identical images have; arguments as for `psnr`.
 
-    Gaussian window of 11 pixels with sigma 1.5, population covariance, data range 1, mean over the
-    places where the window fits, over channels, then over images. Images are clamped and rounded to
-    8 bits as for `psnr`. Computed by scikit-image. Source: Wang et al. 2004.
-
-    Parameters
-    ----------
-    a, b
-        Float images (B, 3, H, W) or (3, H, W) in [-1, 1], at least 11 pixels a side.
-    space, border
-        As for `psnr`.
-
+    Gaussian window of 11 pixels with sigma 1.5, population covariance, mean over the places where
+    the window fits, over channels, then over images, which are clamped and rounded to 8 bits.
+    ValueError where less than 11 pixels a side are left within the border.
+    Source: Wang et al. 2004.
     """
-    from skimage.metrics import structural_similarity
-
     a, b = _eight_bit_pair(a, b, space, border)  # (B, 3 or 1, H, W)
-    _check_window_fits(a)
-    values = [
-        structural_similarity(
-            x.numpy() / 255,
-            y.numpy() / 255,
-            channel_axis=0,
-            data_range=1,
-            gaussian_weights=True,
-            sigma=SIGMA,
-            use_sample_covariance=False,
-        )
-        for x, y in zip(a, b, strict=True)
-    ]
-    return float(sum(values) / len(values))
+    if min(a.shape[-2:]) < WINDOW:
+        raise ValueError(f"SSIM needs {WINDOW} px a side within the border, got {tuple(a.shape)}")
+    return _mean_in_chunks(lambda x, y: _ssim_terms(x, y, 255)[0], a, b, chunk=1)
+
+
+_BACKBONES = {"alex": "alexnet", "squeeze": "squeezenet1_1"}
 
 
 def lpips(a: Tensor, b: Tensor, net: str = "alex") -> float:
     """Learned perceptual distance, v0.1, at least 0, which identical images have.
 
-    Mean over the images. Computed by the package `lpips` (Zhang et al. 2018); the backbone's
-    ImageNet weights come from torch hub's cache, from the folder that ARBSCALE_WEIGHTS names, or by
-    download, in this order.
-
-    Parameters
-    ----------
-    a, b
-        Float images (B, 3, H, W) or (3, H, W) in [-1, 1], at least 32 pixels a side. What lies
-        outside is clamped.
-    net
-        "alex" (AlexNet, for reports) or "squeeze" (SqueezeNet).
-
-    Raises
-    ------
-    FileNotFoundError
-        Where the weights are nowhere; it says how to get them.
-
+    Takes float images (B, 3, H, W) or (3, H, W) in [-1, 1], at least 32 pixels a side, clamped;
+    mean over the images. `net` is "alex" (AlexNet, for reports) or "squeeze" (SqueezeNet). Computed
+    by the package `lpips` (Zhang et al. 2018); the backbone's ImageNet weights come from torch
+    hub's cache, from the folder that ARBSCALE_WEIGHTS names, or by download, in this order.
+    FileNotFoundError where no weights are found says how to get them.
     """
     if net not in _BACKBONES:
         raise ValueError(f"unknown backbone {net!r}; take {' or '.join(_BACKBONES)}")
-    if a.shape != b.shape or min(a.shape[-2:]) < 32:
-        raise ValueError(
-            f"LPIPS takes two batches of one shape, sides of at least 32 px, got {tuple(a.shape)} "
-            f"and {tuple(b.shape)}; crop or resize them"
-        )
-    a, b = (_check_images(x) for x in (a, b))
+    a, b = _check_images(a, b)
+    if min(a.shape[-2:]) < 32:
+        raise ValueError(f"LPIPS needs sides of 32 px, got {tuple(a.shape)}; take larger images")
     network = lpips_network(net).to(a.device)
     with torch.no_grad():
         pairs = zip(a.clamp(-1, 1).float(), b.clamp(-1, 1).float(), strict=True)
@@ -134,9 +102,6 @@ def lpips_is_there(net: str = "alex") -> bool:
     from arbscale.evaluation.features import backbone_file
 
     return backbone_file(_BACKBONES[net]) is not None
-
-
-_BACKBONES = {"alex": "alexnet", "squeeze": "squeezenet1_1"}
 
 
 @functools.lru_cache(maxsize=2)
@@ -159,17 +124,17 @@ def lpips_network(net: str) -> torch.nn.Module:
 
 @torch.no_grad()
 def self_ssim(images: dict[int | Size, Tensor], variant: str = "clean") -> Tensor:
-    """Consistency over sizes: how similar the same latents' pictures at sizes a and b are.
+    """Consistency over sizes: how similar the images of the same latents at sizes a and b are.
 
-    No reference is needed, so a blurred picture scores well: report it beside a measure of quality.
+    No reference is needed, so a blurred image scores well: report it beside a measure of quality.
 
     Parameters
     ----------
     images
-        Pictures of the same N latents by size: `{64: (N, 3, 64, 64), (75, 100): (N, 3, 75, 100)}`,
+        Images of the same N latents by size: `{64: (N, 3, 64, 64), (75, 100): (N, 3, 75, 100)}`,
         floats in [-1, 1]; what lies outside is clamped.
     variant
-        "clean": the picture of size b is resized to size a with antialiased bicubic (a = -0.5, as
+        "clean": the image of size b is resized to size a with antialiased bicubic (a = -0.5, as
         PIL) and compared by single-scale SSIM (`ssim`'s window, mean over RGB), all in floating
         point; sides of 11 or more. "scaleparty": as the code published with ScaleParty (Ntavelis et
         al. 2022): truncated to 8 bits, resized by nearest neighbour, compared by five-scale MS-SSIM
@@ -184,119 +149,43 @@ def self_ssim(images: dict[int | Size, Tensor], variant: str = "clean") -> Tenso
     compare = {"clean": _clean_similarity, "scaleparty": _scaleparty_similarity}.get(variant)
     if compare is None:
         raise ValueError(f"unknown variant {variant!r}; take clean or scaleparty")
-    pictures = _check_pictures(images, least=WINDOW if variant == "clean" else 16)
-    rows = [[_mean_in_chunks(compare, a, b) for b in pictures] for a in pictures]
+    by_size = _check_by_size(images, least=WINDOW if variant == "clean" else 16)
+    rows = [[_mean_in_chunks(compare, a, b) for b in by_size] for a in by_size]
     return torch.tensor(rows, dtype=torch.float64)
 
 
-class FeatureStatistics:
-    """Mean and covariance of features, gathered batch by batch in float64.
-
-    Memory is D x D whatever the number of pictures. Deviations are taken from the running mean
-    (Chan, Golub and LeVeque 1983), so large means cost no digits.
-
-    Attributes
-    ----------
-    count
-        Number of pictures so far.
-    mean
-        (D,), float64.
-
-    """
-
-    def __init__(self, features: Tensor | None = None):
-        self.count = 0
-        self.mean = torch.zeros(0, dtype=torch.float64)
-        self._products = torch.zeros(0, 0, dtype=torch.float64)  # summed outer products (D, D)
-        if features is not None:
-            self.update(features)
-
-    def update(self, features: Tensor) -> FeatureStatistics:
-        """Add the features (B, D) of some pictures, and return self."""
-        features = check_features(features)
-        if self.count == 0:
-            width = features.shape[1]
-            self.mean, self._products = features.new_zeros(width), features.new_zeros(width, width)
-        if features.shape[1] != len(self.mean):
-            raise ValueError(
-                f"expected {len(self.mean)} features a picture as before, got {features.shape[1]}; "
-                "take one extractor for all pictures"
-            )
-        total = self.count + len(features)
-        mean = features.mean(0)
-        step, deviations = mean - self.mean, features - mean
-        self._products += deviations.T @ deviations  # (D, D)
-        self._products += torch.outer(step, step) * (self.count * len(features) / total)
-        self.mean = self.mean + step * (len(features) / total)
-        self.count = total
-        return self
-
-    @property
-    def covariance(self) -> Tensor:
-        """The sample covariance (D, D), float64; ValueError for fewer than two pictures."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs two pictures or more, got {self.count}")
-        return self._products / (self.count - 1)
-
-
-def frechet_distance(a: FeatureStatistics | Tensor, b: FeatureStatistics | Tensor) -> float:
+def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance between two sets, each taken for a Gaussian: 0 for the same moments.
 
     `|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`, squared units of the features. It falls
-    with the number of pictures, so compare equal numbers alone. Fewer pictures than features leave
-    the covariances singular: the formula holds, and the bias is large. The last trace is that of
-    the singular values of `S_a^(1/2) S_b^(1/2)`, which needs no complex root.
+    with the number of images, so compare only equal numbers. Fewer images than features leave the
+    covariances singular: the formula holds, and the bias is large. The last trace is that of the
+    singular values of `S_a^(1/2) S_b^(1/2)`, which needs no complex root. Takes features (N, D) and
+    (M, D), at least two images each, and computes in float64.
     Source: Dowson and Landau 1982; Heusel et al. 2017.
-
-    Parameters
-    ----------
-    a, b
-        Features (N, D) or their statistics, at least two pictures each.
-
     """
-    a, b = (x if isinstance(x, FeatureStatistics) else FeatureStatistics(x) for x in (a, b))
-    if a.mean.shape != b.mean.shape:
-        raise ValueError(
-            f"expected two sets with the same features, got {len(a.mean)} and {len(b.mean)} a "
-            "picture; take one extractor for both"
-        )
-    roots = [_root(x.covariance) for x in (a, b)]
-    overlap = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
-    spread = a.covariance.trace() + b.covariance.trace() - 2 * overlap
-    return max(0.0, ((a.mean - b.mean).square().sum() + spread).item())
+    a, b = check_features(a, b, least=2)
+    step = a.mean(0) - b.mean(0)
+    covariances = [torch.cov(x.T).view(x.shape[1], -1) for x in (a, b)]  # (D, D)
+    overlap = torch.linalg.svdvals(_root(covariances[0]) @ _root(covariances[1])).sum()
+    spread = covariances[0].trace() + covariances[1].trace() - 2 * overlap
+    return max(0.0, (step.square().sum() + spread).item())
 
 
 def precision_recall(
     generated: Tensor, real: Tensor, k: int = NEIGHBOURS, block: int = BLOCK
 ) -> tuple[float, float]:
-    """Improved precision and recall, both in [0, 1]: quality, and coverage of the real pictures.
+    """Improved precision and recall, both in [0, 1]: quality, and coverage of the real images.
 
-    Each set is the union of balls around its pictures that reach to the k-th nearest neighbour in
-    the set. Precision is the share of generated pictures inside the real set's balls, recall the
-    share of real ones inside the generated set's. Both depend on the numbers of pictures.
-    Implements Kynkäänniemi et al. 2019, in float64, `block` rows of distances at a time.
-
-    Parameters
-    ----------
-    generated, real
-        Features (N, D) and (M, D), more than k pictures each.
-    k
-        Neighbours.
-    block
-        Rows held at once; decides the memory and nothing else.
-
+    Each set is the union of balls around its images that reach to the k-th nearest neighbour in the
+    set. Precision is the share of generated images inside the real set's balls, recall the share of
+    real ones inside the generated set's. Both depend on the numbers of images. Takes features
+    (N, D) and (M, D), more than k images each; k is at least 1. Implements Kynkäänniemi et al.
+    2019, in float64; `block` rows of distances are held at a time.
     """
-    generated, real = check_features(generated), check_features(real)
-    if k < 1 or min(len(generated), len(real)) <= k:
-        raise ValueError(
-            f"the {k}-th nearest neighbour needs more than {k} pictures in each set and k of at "
-            f"least 1, got {len(generated)} and {len(real)}; take more pictures"
-        )
-    if generated.shape[1] != real.shape[1]:
-        raise ValueError(
-            f"expected two sets with the same features, got {generated.shape[1]} and "
-            f"{real.shape[1]} a picture; take one extractor for both"
-        )
+    if k < 1:
+        raise ValueError(f"k is at least 1, got {k}")
+    generated, real = check_features(generated, real, least=k + 1)
     centre = real.mean(0)  # a distance keeps more digits near zero
     generated, real = generated - centre, real - centre
     precision = _inside(generated, real, _radii(real, k, block), block)
@@ -307,20 +196,16 @@ def _clean_similarity(a: Tensor, b: Tensor) -> Tensor:
     """Return the single-scale SSIM (N,) of [-1, 1] images at a's size, b resized to it."""
     if a.shape != b.shape:
         b = F.interpolate(b, a.shape[-2:], mode="bicubic", antialias=True)
-    return _ssim_terms(a, b, data_range=2, offset=1)[0]
+    return _ssim_terms(a + 1, b + 1, data_range=2)[0]
 
 
 def _scaleparty_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Return the MS-SSIM (N,) of truncated images at a's size, b resized to it."""
-    b = F.interpolate(b, a.shape[-2:], mode="nearest")
-    return _ms_ssim(*(((x + 1) * 127.5).floor() for x in (a, b)))
-
-
-def _ms_ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Return the five-scale SSIM (N,) of images (N, C, H, W) in [0, 255].
+    """Return the five-scale SSIM (N,) of images truncated to 8 bits at a's size, b resized to it.
 
     2x2 means lead from a scale to the next; an odd last row or column is dropped on the way.
     """
+    b = F.interpolate(b, a.shape[-2:], mode="nearest")
+    a, b = (((x + 1) * 127.5).floor() for x in (a, b))
     product = torch.ones(len(a), dtype=a.dtype, device=a.device)
     for scale, weight in enumerate(MS_SSIM_WEIGHTS):
         if scale > 0:
@@ -331,15 +216,12 @@ def _ms_ssim(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
-def _ssim_terms(
-    a: Tensor, b: Tensor, data_range: float, offset: float = 0
-) -> tuple[Tensor, Tensor]:
+def _ssim_terms(a: Tensor, b: Tensor, data_range: float) -> tuple[Tensor, Tensor]:
     """Return SSIM and its contrast-structure factor alone, means over each image, both (N,).
 
-    The images (N, C, H, W) are taken as `image + offset`, in [0, `data_range`]. The window shrinks
-    in proportion when a side is shorter, and stays inside the image.
+    The images (N, C, H, W) are in [0, `data_range`]. The window shrinks in proportion when a side
+    is shorter, and stays inside the image.
     """
-    a, b = a + offset, b + offset
     side = min(WINDOW, *a.shape[-2:])
     places = torch.arange(side, dtype=a.dtype, device=a.device) - (side - 1) / 2
     window = torch.softmax(-((places / (SIGMA * side / WINDOW)) ** 2) / 2, dim=0)  # (side,)
@@ -361,100 +243,79 @@ def _blur(images: Tensor, window: Tensor) -> Tensor:
     return planes.squeeze(1).unflatten(0, images.shape[:2])  # (N, C, H', W')
 
 
-def _mean_in_chunks(compare, a: Tensor, b: Tensor, chunk: int = 16) -> float:
-    """Return the mean of `compare(a, b)` (N,), computed in float64 on a few images at a time."""
+def _mean_in_chunks(
+    compare: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, chunk: int = 16
+) -> float:
+    """Return the mean of `compare(a, b)` (N,), computed on a few images at a time."""
     pairs = zip(a.split(chunk), b.split(chunk), strict=True)
-    values = [compare(*(x.double().clamp(-1, 1) for x in pair)) for pair in pairs]
-    return torch.cat(values).mean().item()
+    return torch.cat([compare(*pair) for pair in pairs]).mean().item()
 
 
 def _eight_bit_pair(a: Tensor, b: Tensor, space: str, border: int) -> tuple[Tensor, Tensor]:
-    """Return both images as float64 (B, 3, H, W), or (B, 1, H, W) for luma, in [0, 255]."""
-    if a.shape != b.shape:
-        raise ValueError(
-            f"expected two images of one shape, got {tuple(a.shape)} and {tuple(b.shape)}; "
-            "resize or crop one of them first"
-        )
+    """Return both images within the border, 0 to 255, float64, (B, 3, H, W), luma (B, 1, H, W)."""
+    a, b = _check_images(a, b)
+    height, width = a.shape[-2:]
     if space not in ("rgb", "y"):
         raise ValueError(f"unknown colour space {space!r}; take rgb or y")
-    pair = [_crop(_eight_bit(_check_images(x)), border) for x in (a, b)]
-    return tuple(_luma(x) if space == "y" else x for x in pair)
-
-
-def _check_images(images: Tensor) -> Tensor:
-    """Return float images as (B, 3, H, W); ValueError for another kind, an empty batch or NaN."""
-    if not images.is_floating_point() or images.ndim not in (3, 4) or images.shape[-3] != 3:
-        raise ValueError(
-            f"expected float images (B, 3, H, W) or (3, H, W) in [-1, 1], got {images.dtype} "
-            f"{tuple(images.shape)}; 8-bit images become such by image / 127.5 - 1"
-        )
-    if images.numel() == 0:
-        raise ValueError(f"expected at least one image and pixel, got {tuple(images.shape)}")
-    if images.isnan().any():
-        raise ValueError("expected numbers in [-1, 1], got NaN; look where the image came from")
-    return images if images.ndim == 4 else images.unsqueeze(0)
-
-
-def _eight_bit(images: Tensor) -> Tensor:
-    """Round images in [-1, 1] to the 256 levels, as float64 in [0, 255] on the CPU."""
-    return ((images.detach().cpu().double().clamp(-1, 1) + 1) * 127.5).round()
-
-
-def _crop(images: Tensor, border: int) -> Tensor:
-    """Leave `border` pixels out on each side; ValueError unless something is left."""
-    height, width = images.shape[-2:]
     if not 0 <= 2 * border < min(height, width):
-        raise ValueError(
-            f"border is from 0 to less than half of the image's {height} x {width} pixels, "
-            f"got {border}"
-        )
-    return images[..., border : height - border, border : width - border]
+        raise ValueError(f"a border of {border} px leaves nothing of {height} x {width} pixels")
+
+    def levels(x: Tensor) -> Tensor:
+        x = x[..., border : height - border, border : width - border].detach().cpu().double()
+        x = ((x.clamp(-1, 1) + 1) * 127.5).round()
+        if space == "rgb":
+            return x
+        weights = x.new_tensor([65.481, 128.553, 24.966]).view(3, 1, 1) / 255  # ITU-R BT.601
+        return 16 + (x * weights).sum(dim=1, keepdim=True)
+
+    return levels(a), levels(b)
 
 
-def _luma(images: Tensor) -> Tensor:
-    """Return Y (B, 1, H, W) in [16, 235] of RGB images (B, 3, H, W) in [0, 255]: ITU-R BT.601."""
-    weights = images.new_tensor([65.481, 128.553, 24.966]) / 255
-    return 16 + (images * weights.view(3, 1, 1)).sum(dim=1, keepdim=True)
+def _check_images(*images: Tensor) -> list[Tensor]:
+    """Return images as (B, 3, H, W); ValueError unless they are float, of one shape, not NaN."""
+    for x in images:
+        if x.shape != images[0].shape:
+            raise ValueError(f"expected one shape, got {tuple(images[0].shape)}, {tuple(x.shape)}")
+        if not x.is_floating_point() or x.ndim not in (3, 4) or x.shape[-3] != 3 or not x.numel():
+            raise ValueError(
+                f"expected float images (B, 3, H, W) or (3, H, W) in [-1, 1], got {x.dtype} "
+                f"{tuple(x.shape)}; 8-bit images become such by image / 127.5 - 1"
+            )
+        if x.isnan().any():
+            raise ValueError("expected images in [-1, 1], got NaN; look where they came from")
+    return [x if x.ndim == 4 else x.unsqueeze(0) for x in images]
 
 
-def _check_window_fits(images: Tensor) -> None:
-    """Raise ValueError where the SSIM window is larger than the images."""
-    height, width = images.shape[-2:]
-    if min(height, width) < WINDOW:
-        raise ValueError(
-            f"SSIM needs {WINDOW} pixels a side after the border is left out, got {height} x "
-            f"{width}; take larger images or a smaller border"
-        )
-
-
-def _check_pictures(images: dict[int | Size, Tensor], least: int) -> list[Tensor]:
-    """Return the checked pictures, moved off devices that lack float64."""
-    pictures = [_check_images(x) for x in images.values()]
-    if len({len(x) for x in pictures}) != 1:
-        raise ValueError(
-            "expected pictures of the same latents at one size or more, got "
-            f"{ {size: len(x) for size, x in images.items()} } pictures by size"
-        )
-    for size, x in zip(images, pictures, strict=True):
+def _check_by_size(images: dict[int | Size, Tensor], least: int) -> list[Tensor]:
+    """Return the checked images in [-1, 1] as float64, moved off devices that lack it."""
+    numbers = [len(x) for x in images.values()]
+    if len(set(numbers)) != 1:
+        raise ValueError(f"expected images of the same latents at each size, got {numbers}")
+    checked = [_check_images(x)[0] for x in images.values()]
+    for size, x in zip(images, checked, strict=True):
         height, width = check_size(size)
         if x.shape[-2:] != (height, width) or min(height, width) < least:
             raise ValueError(
                 f"expected (N, 3, {height}, {width}) under {size!r}, sides of {least} or more, "
                 f"got {tuple(x.shape)}"
             )
-    return [x.cpu() if x.device.type == "mps" else x for x in pictures]
+    return [(x.cpu() if x.device.type == "mps" else x).double().clamp(-1, 1) for x in checked]
 
 
-def check_features(features: Tensor) -> Tensor:
-    """Return features (N, D) as float64 on the CPU; ValueError for another form or no numbers."""
-    if features.ndim != 2 or features.numel() == 0 or not features.is_floating_point():
-        raise ValueError(
-            f"expected features (N, D), a row a picture, got {features.dtype} "
-            f"{tuple(features.shape)}"
-        )
-    if not features.isfinite().all():
-        raise ValueError("expected finite features, got NaN or infinity; look at the pictures")
-    return features.detach().cpu().double()
+def check_features(a: Tensor, b: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
+    """Return two sets of features (N, D) and (M, D), finite, as float64 on the CPU.
+
+    ValueError for another form, different widths, or fewer than `least` images.
+    """
+    for x in (a, b):
+        if x.ndim != 2 or not x.is_floating_point() or len(x) < least or not x.isfinite().all():
+            raise ValueError(
+                f"expected finite features (N, D) of at least {least} images, got {x.dtype} "
+                f"{tuple(x.shape)}{'' if x.isfinite().all() else ' with NaN or infinity'}"
+            )
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"expected features of one network, got {a.shape[1]} and {b.shape[1]}")
+    return a.detach().cpu().double(), b.detach().cpu().double()
 
 
 def _root(covariance: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from arbscale.autoencoder import (
     Decoder,
@@ -27,7 +28,7 @@ DENOISERS = ("unet", "unet_transformer", "transformer")
 class Preset:
     """A model, its noise schedule and the sizes that it is trained at.
 
-    Sizes are sides of square pictures in pixels. Fields hold numbers and tuples alone, so a preset
+    Sizes are sides of square images in pixels. Fields hold numbers and tuples alone, so a preset
     travels in a manifest as JSON.
     """
 
@@ -35,7 +36,7 @@ class Preset:
     # first stage
     channels: int = 128  # width of the first level; also of the features that LIIF reads
     multipliers: tuple[int, ...] = (1, 2, 4)  # width of each level; f = 2 ** (levels - 1)
-    blocks: int = 2  # residual blocks a level
+    blocks: int = 2  # residual blocks per level
     latent_channels: int = 3  # c
     groups: int = 32  # of group normalisation; narrow networks want fewer
     posterior: bool = False  # whether the latent is a Gaussian posterior
@@ -45,12 +46,14 @@ class Preset:
     encoder: str = "residual"  # one of ENCODERS; "tiny" is TAESD's, with f = 8
     tiny_channels: int = 64  # width of the tiny encoder, TAESD's own by default
     head: str = "liif"  # one of HEADS
-    finer: int = 1  # the interpolated head's features a latent pixel, along each side
+    finer: int = 1  # the interpolated head's features per latent pixel along each side
+    encoder_attention_levels: tuple[int, ...] = ()  # levels with attention, beside the middle
+    decoder_attention_levels: tuple[int, ...] = ()  # the same for the symmetric decoder
     padding: str = "zeros"  # beyond the symmetric decoder's border: nn.Conv2d's padding_mode
     # denoiser
     unet_channels: int = 64  # width of the first level, at least 64
     unet_multipliers: tuple[int, ...] = (1, 2)  # width of each level
-    unet_blocks: int = 2  # residual blocks a level
+    unet_blocks: int = 2  # residual blocks per level
     unet_attention_levels: tuple[int, ...] = (1,)  # levels with attention, 0 the widest grid
     head_channels: int = 32  # width of an attention head
     # "unet_transformer" has a LatentTransformer in the middle, "transformer" is that alone
@@ -69,8 +72,8 @@ class Preset:
     image_size: int = 256  # the encoder's input
     low_size: int | None = None  # the low-resolution input of super-resolution; None: generation
     target_sizes: tuple[int, int] = (64, 256)  # LIIF's targets, uniform between these
-    first_stage_batch: int = 4  # images a step
-    diffusion_batch: int = 8  # images a step
+    first_stage_batch: int = 4  # images per step
+    diffusion_batch: int = 8  # images per step
     first_stage_lr: float = 5e-5  # Adam's learning rate for autoencoder and decoder
     diffusion_lr: float = 1e-6  # Adam's learning rate for the denoiser
     alignment_lr: float = 1e-6  # the same for the alignment stage
@@ -82,9 +85,8 @@ class Preset:
 
     def __post_init__(self) -> None:
         """Refuse what no model can be trained with; ValueError says why."""
-        if self.prediction not in ("eps", "v"):
-            raise ValueError(f"prediction is 'eps' or 'v', got {self.prediction!r}")
-        for field, known in (("denoiser", DENOISERS), ("encoder", ENCODERS), ("head", HEADS)):
+        parts = {"denoiser": DENOISERS, "encoder": ENCODERS, "head": HEADS}
+        for field, known in (parts | {"prediction": ("eps", "v")}).items():
             if getattr(self, field) not in known:
                 raise ValueError(
                     f"{field} is one of {', '.join(known)}, got {getattr(self, field)!r}"
@@ -99,8 +101,8 @@ class Preset:
             raise ValueError(f"target_sizes are a smallest and a largest side, got {low}, {high}")
         if self.lpips_weight and min(self.crop, low, self.image_size) < 32:
             raise ValueError(
-                "LPIPS sees pictures of at least 32 px: take crop, image_size, target_sizes from "
-                f"32 on, got {self.crop}, {self.image_size} and {self.target_sizes}"
+                "LPIPS takes crop, image_size and target_sizes of at least 32 px, got "
+                f"{self.crop}, {self.image_size} and {self.target_sizes}"
             )
 
     @property
@@ -122,10 +124,7 @@ class Preset:
         """Read what `to_dict` wrote, by default for missing fields; ValueError on unknown ones."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise ValueError(
-                f"the preset has the fields {unknown}, which this version does not know; update "
-                "arbscale"
-            )
+            raise ValueError(f"the preset has unknown fields {unknown}; update arbscale")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -152,33 +151,40 @@ def tiny(low_size: int | None = None) -> Preset:
     )
 
 
+def _small(name: str, **numbers: Any) -> Preset:
+    """Return what the small shipped models share: f = 4, and six transformer blocks inside."""
+    shared = {
+        "channels": 32,
+        "multipliers": (1, 2, 2),
+        "blocks": 1,
+        "groups": 8,
+        "hidden": (96,) * 3,
+        "denoiser": "unet_transformer",
+        "unet_multipliers": (1,),
+        "unet_attention_levels": (),
+        "transformer_width": 160,
+        "transformer_blocks": 6,
+        "first_stage_batch": 8,
+        "diffusion_lr": 1e-3,
+        "alignment_lr": 2e-5,
+    }
+    return Preset(name, **shared | numbers)
+
+
 def scenes() -> Preset:
     """Return the shipped generator of continuous scenes: 64 px, latent 16 x 16 x 4.
 
     Its denoiser is the one that won the comparison of `evaluation/ablation.py`; the weights that
     ship are older, of the plain U-Net there.
     """
-    return Preset(
-        name="scenes",
-        channels=32,
-        multipliers=(1, 2, 2),
-        blocks=1,
-        groups=8,
+    return _small(
+        "scenes",
         latent_channels=4,
-        hidden=(96,) * 3,
-        denoiser="unet_transformer",
-        unet_multipliers=(1,),
-        unet_attention_levels=(),
-        transformer_width=160,
-        transformer_blocks=6,
         noise_level=0.95,
         image_size=64,
         target_sizes=(32, 256),
-        first_stage_batch=8,
         diffusion_batch=32,
         first_stage_lr=2e-3,
-        diffusion_lr=1e-3,
-        alignment_lr=2e-5,
     )
 
 
@@ -218,30 +224,17 @@ def cats() -> Preset:
 
 def photos() -> Preset:
     """Return the shipped super-resolver of photographs: low 24 px, latent 24 x 24 x 8."""
-    return Preset(
-        name="photos",
-        channels=32,
-        multipliers=(1, 2, 2),
-        blocks=1,
-        groups=8,
+    return _small(
+        "photos",
         latent_channels=8,
         posterior=True,
-        hidden=(96,) * 3,
-        denoiser="unet_transformer",
-        unet_multipliers=(1,),
         unet_blocks=1,
-        unet_attention_levels=(),
-        transformer_width=160,
-        transformer_blocks=6,
         beta_end=0.0155,
         image_size=96,
         low_size=24,
         target_sizes=(48, 192),
-        first_stage_batch=8,
         diffusion_batch=16,
         first_stage_lr=1e-3,
-        diffusion_lr=1e-3,
-        alignment_lr=2e-5,
         kl_weight=1e-4,
         lpips_weight=0.25,
         crop=40,
@@ -252,31 +245,18 @@ def photos() -> Preset:
 def photos_tiny() -> Preset:
     """Return the shipped small super-resolver of photographs: low 16 px, latent 16 x 16 x 8.
 
-    The denoiser is as that of `scenes`, and the weights that ship are older, too.
+    Its denoiser is that of `scenes`; the weights that ship are older here, too.
     """
-    return Preset(
-        name="photos-tiny",
-        channels=32,
-        multipliers=(1, 2, 2),
-        blocks=1,
-        groups=8,
+    return _small(
+        "photos-tiny",
         latent_channels=8,
-        hidden=(96,) * 3,
-        denoiser="unet_transformer",
-        unet_multipliers=(1,),
-        unet_attention_levels=(),
-        transformer_width=160,
-        transformer_blocks=6,
         noise_level=0.95,
         beta_end=0.0155,
         image_size=64,
         low_size=16,
         target_sizes=(32, 128),
-        first_stage_batch=8,
         diffusion_batch=32,
         first_stage_lr=2e-3,
-        diffusion_lr=1e-3,
-        alignment_lr=2e-5,
     )
 
 
@@ -325,34 +305,19 @@ def paper_div2k_sr() -> Preset:
 
 def paper_tower_sr() -> Preset:
     """Super-resolution of LSUN Tower, 16 to 256 px; its U-Net and betas are ours, as for faces."""
-    return Preset(
+    return replace(
+        paper_faces_sr(),
         name="paper_tower_sr",
         multipliers=(1, 2, 4, 4),
-        latent_channels=32,
-        posterior=True,
-        unet_channels=256,
-        unet_multipliers=(1, 2, 4, 4),
-        unet_attention_levels=(0, 1, 2),
-        beta_start=0.0001,
-        beta_end=0.015,
         image_size=256,
-        low_size=16,
         target_sizes=(32, 256),
         first_stage_batch=6,
     )
 
 
-PRESETS: dict[str, Callable[[], Preset]] = {
-    "tiny": tiny,
-    "scenes": scenes,
-    "cats": cats,
-    "photos": photos,
-    "photos-tiny": photos_tiny,
-    "paper_generation_256": paper_generation_256,
-    "paper_faces_sr": paper_faces_sr,
-    "paper_div2k_sr": paper_div2k_sr,
-    "paper_tower_sr": paper_tower_sr,
-}
+SHIPPED = tiny, scenes, cats, photos, photos_tiny
+PAPER = paper_generation_256, paper_faces_sr, paper_div2k_sr, paper_tower_sr
+PRESETS: dict[str, Callable[[], Preset]] = {make().name: make for make in (*SHIPPED, *PAPER)}
 
 
 def get(name: str) -> Preset:
@@ -366,40 +331,27 @@ def build_encoder(preset: Preset) -> Encoder | TinyEncoder:
     """Build an untrained encoder."""
     if preset.encoder == "tiny":
         return TinyEncoder(preset.tiny_channels, preset.latent_channels)
-    return Encoder(
-        preset.channels,
-        preset.multipliers,
-        preset.blocks,
-        preset.latent_channels,
-        preset.posterior,
-        groups=preset.groups,
-    )
+    options = preset.posterior, preset.encoder_attention_levels, preset.groups
+    return Encoder(*_widths(preset), *options)
 
 
 def build_decoder(preset: Preset) -> Decoder | TinyDecoder:
     """Build the untrained up-sampling decoder that pre-trains the encoder."""
     if preset.encoder == "tiny":
         return TinyDecoder(preset.tiny_channels, preset.latent_channels)
-    return Decoder(
-        preset.channels,
-        preset.multipliers,
-        preset.blocks,
-        preset.latent_channels,
-        groups=preset.groups,
-    )
+    return Decoder(*_widths(preset), preset.encoder_attention_levels, preset.groups)
 
 
 def build_first_stage(preset: Preset) -> FirstStage:
     """Build an untrained first stage."""
-    decoder = SymmetricDecoder(
-        preset.channels,
-        preset.multipliers,
-        preset.blocks,
-        preset.latent_channels,
-        groups=preset.groups,
-        padding=preset.padding,
-    )
+    options = preset.decoder_attention_levels, preset.groups, preset.padding
+    decoder = SymmetricDecoder(*_widths(preset), *options)
     return FirstStage(build_encoder(preset), decoder, build_head(preset), preset.posterior)
+
+
+def _widths(preset: Preset) -> tuple:
+    """Return what encoder and decoders take first."""
+    return preset.channels, preset.multipliers, preset.blocks, preset.latent_channels
 
 
 def build_head(preset: Preset) -> LIIF | InterpolatedLIIF:
@@ -412,25 +364,19 @@ def build_head(preset: Preset) -> LIIF | InterpolatedLIIF:
 
 def build_denoiser(preset: Preset) -> UNet | TransformerDenoiser:
     """Build an untrained denoiser; super-resolution's takes a condition of c channels."""
-    channels = (preset.latent_channels, preset.latent_channels if preset.low_size else 0)
-    tokens = (
-        preset.transformer_width,
-        preset.transformer_blocks,
-        preset.merge,
-        preset.head_channels,
-    )
-    if preset.denoiser == "transformer":
+    p = preset
+    channels = p.latent_channels, p.latent_channels if p.low_size else 0
+    tokens = p.transformer_width, p.transformer_blocks, p.merge, p.head_channels
+    if p.denoiser == "transformer":
         return TransformerDenoiser(*channels, *tokens)
-    with_transformer = preset.denoiser == "unet_transformer"
-    return UNet(
-        *channels,
-        preset.unet_channels,
-        preset.unet_multipliers,
-        preset.unet_blocks,
-        preset.unet_attention_levels,
-        preset.head_channels,
-        (lambda *sizes: LatentTransformer(*sizes, *tokens)) if with_transformer else None,
-    )
+    middle = None
+    if p.denoiser == "unet_transformer":
+
+        def middle(*sizes: int) -> LatentTransformer:
+            return LatentTransformer(*sizes, *tokens)
+
+    levels = p.unet_channels, p.unet_multipliers, p.unet_blocks, p.unet_attention_levels
+    return UNet(*channels, *levels, p.head_channels, middle)
 
 
 def build_schedule(preset: Preset) -> NoiseSchedule:

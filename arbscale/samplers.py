@@ -189,11 +189,11 @@ def get_sampler(name: str) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How latents are drawn: steps, the sampler's name, and the seed that decides everything."""
+    """How latents are drawn."""
 
-    steps: int = 20
-    sampler: str = "dpm_solver_pp"  # one of SAMPLERS
-    seed: int = 0
+    steps: int = 20  # denoising steps
+    sampler: str = "dpm_solver_pp"  # ddpm, ddim or dpm_solver_pp
+    seed: int = 0  # decides everything
 
     def generator(self) -> torch.Generator:
         """Return a fresh generator on the CPU."""

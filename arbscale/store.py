@@ -39,9 +39,8 @@ def find(name_or_path: str | Path) -> Path:
         if (folder / MANIFEST).is_file():
             return folder
     raise FileNotFoundError(
-        f"no model {str(name_or_path)!r}: neither a folder with a {MANIFEST} nor one of the "
-        f"shipped models ({', '.join(shipped()) or 'none found'}); train one with "
-        "`python -m arbscale train`"
+        f"no model {str(name_or_path)!r}: neither a folder with a {MANIFEST} nor a shipped model "
+        f"({', '.join(shipped()) or 'none found'}); `python -m arbscale train` trains one"
     )
 
 
@@ -51,17 +50,17 @@ def save(folder: str | Path, state: dict[str, Tensor], manifest: dict, half: boo
     `half` stores float16, half the size. `manifest` gets the list of files with their SHA-256.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     for old in folder.glob("weights-*.safetensors"):
         old.unlink()
     files = []
     for i, shard in enumerate(_shards(state, half)):
         path = folder / f"weights-{i:05d}.safetensors"
-        save_file(shard, path)
+        with replacing(path) as draft:
+            save_file(shard, draft)
         files.append({"name": path.name, "sha256": sha256(path), "bytes": path.stat().st_size})
     text = json.dumps({"format": 1, **manifest, "files": files}, indent=2)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / MANIFEST, text + "\n")
 
 
 def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -76,11 +75,9 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
         path = folder / entry["name"]
         if not path.is_file():
             raise FileNotFoundError(f"{path} is named in the manifest but missing; fetch it again")
-        if path.stat().st_size != entry["bytes"]:
-            raise ValueError(
-                f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}: a "
-                "truncated download or a git-lfs pointer; fetch it again"
-            )
+        size = path.stat().st_size
+        if size != entry["bytes"]:  # a truncated download, or a git-lfs pointer
+            raise ValueError(f"{path} has {size} bytes, not {entry['bytes']}; fetch it again")
         if sha256(path) != entry["sha256"]:
             raise ValueError(f"{path} does not have its manifest's SHA-256; fetch it again")
         state |= load_file(path)
@@ -161,11 +158,15 @@ def sync(path: Path) -> None:
 
 
 def content_key(*facts: object, module: nn.Module | None = None) -> str:
-    """Return a SHA-256 of facts that JSON can hold and of a module's weights."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, tensor in sorted(module.state_dict().items()) if module else ():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    """Return a SHA-256 of facts (JSON values and tensors) and of a module's weights."""
+    weights = module.state_dict() if module else None
+    text = json.dumps([facts, weights], sort_keys=True, default=_digest)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(content).hexdigest()}"
 
 
 def _umask() -> int:

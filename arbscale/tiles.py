@@ -23,7 +23,7 @@ from arbscale.diffusion import Denoiser
 Place = tuple[EllipsisType, slice, slice]
 """Which rows and columns of a tensor (..., h, w) something is."""
 
-NOISE_BLOCK = 32  # latent pixels a side that share one stream of random numbers
+NOISE_BLOCK = 32  # latent pixels per side that share one stream of random numbers
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Tile:
         return image[..., self.top : self.bottom, self.left : self.right]
 
     def latent(self, zoom: float) -> Place:
-        """Return where the tile lies in the latent, `zoom` latent pixels an input pixel."""
+        """Return where the tile lies in the latent, `zoom` latent pixels per input pixel."""
         spans = (self.top, self.bottom), (self.left, self.right)
         starts = [round(low * zoom) for low, _ in spans]
         stops = [max(a + 1, round(b * zoom)) for a, (_, b) in zip(starts, spans, strict=True)]

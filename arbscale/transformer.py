@@ -24,9 +24,9 @@ LONGEST = 100.0  # period of the slowest rotation in units of 2 pi tokens; laten
 
 
 def merge_positions(x: Tensor, merge: int) -> tuple[Tensor, Size]:
-    """Merge squares of `merge` positions a side: (B, C, h, w) -> (B, N, C * merge^2), and the grid.
+    """Merge squares of `merge` positions per side: (B, C, h, w) -> (B, N, C * merge^2), the grid.
 
-    Where a side is no multiple of `merge`, its last position is repeated.
+    Where a side is not a multiple of `merge`, its last position is repeated.
     """
     height, width = x.shape[-2:]
     x = F.pad(x, (0, -width % merge, 0, -height % merge), mode="replicate")
@@ -43,7 +43,7 @@ def spread_tokens(tokens: Tensor, grid: Size, merge: int, size: Size) -> Tensor:
 def rotary_angles(grid: Size, head_channels: int, device: torch.device | None = None) -> Tensor:
     """Return each token's angles (N, head_channels / 2): those of its row, then of its column."""
     quarter = head_channels // 4
-    turns = LONGEST ** -(torch.arange(quarter, device=device) / quarter)  # radians a token
+    turns = LONGEST ** -(torch.arange(quarter, device=device) / quarter)  # radians per token
     rows, columns = (torch.arange(n, device=device)[:, None] * turns for n in grid)
     angles = [rows[:, None].expand(*grid, -1), columns[None].expand(*grid, -1)]
     return torch.cat(angles, dim=-1).flatten(0, 1)
@@ -148,27 +148,21 @@ class TransformerDenoiser(nn.Module):
     """Predict the noise in a latent: (B, c, h, w), any h and w -> (B, c, h, w).
 
     Attention with rotary positions knows offsets alone, and nothing here pads with zeros, so each
-    token is told its place in the picture, (y, x) in [-1, 1].
+    token is told its place in the image, (y, x) in [-1, 1].
 
     Parameters
     ----------
-    latent_channels
-        c.
-    condition_channels
-        Channels of a condition that is concatenated to the noisy latent; 0 for none.
-    width
-        Of a token, a multiple of `head_channels`.
+    latent_channels, condition_channels
+        As for `unet.UNet`.
+    width, merge, head_channels
+        As for `LatentTransformer`.
     blocks
         How many; block i reads what block `blocks - 1 - i` wrote, beside the tokens.
-    merge
-        Side of the square of positions that becomes one token.
-    head_channels
-        Width of an attention head, a multiple of 4.
 
     Attributes
     ----------
     checkpointing
-        Keep no activation inside a block for the backward pass but compute them again.
+        As for `unet.UNet`.
 
     """
 
@@ -197,17 +191,10 @@ class TransformerDenoiser(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, z_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Predict the noise.
+        """Predict the noise in scaled latents `z_t` (B, c, h, w) at integer steps `t` (B,).
 
-        Parameters
-        ----------
-        z_t
-            Noisy scaled latents (B, c, h, w).
-        t
-            Steps (B,), integers.
-        condition
-            Scaled latents (B, condition_channels, h, w), if the network was built for one.
-
+        `condition` (B, condition_channels, h, w) is scaled, too; give it where the network was
+        built for one, else ValueError.
         """
         h = with_condition(z_t, condition, self.condition_channels)
         size = tuple(z_t.shape[-2:])

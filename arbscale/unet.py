@@ -86,12 +86,12 @@ class UNet(nn.Module):
     condition_channels
         Channels of a condition that is concatenated to the noisy latent; 0 for none.
     channels
-        Width of the first level. Take at least 64: with one channel a group, group normalisation
+        Width of the first level. Take at least 64: with one channel per group, group normalisation
         removes what time has added, and the block is blind to t.
     multipliers
         Width of each level as a multiple of `channels`; between levels the size is halved.
     blocks
-        Residual blocks a level on the way down; one more on the way up.
+        Residual blocks per level on the way down; one more on the way up.
     attention_levels
         Levels with attention after each block; the middle has it always.
     head_channels
@@ -127,13 +127,9 @@ class UNet(nn.Module):
         widths = [channels * m for m in multipliers]
 
         def usual_middle(width: int, time_dim: int) -> Stack:
-            return Stack(
-                [
-                    ResidualBlock(width, width, time_dim),
-                    Attention(width, head_channels),
-                    ResidualBlock(width, width, time_dim),
-                ]
-            )
+            first = ResidualBlock(width, width, time_dim)
+            attention = Attention(width, head_channels)
+            return Stack([first, attention, ResidualBlock(width, width, time_dim)])
 
         def stack(inside: int, out: int, level: int) -> Stack:
             attention = [Attention(out, head_channels)] if level in attention_levels else []
@@ -169,17 +165,10 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, z_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Predict the noise.
+        """Predict the noise in scaled latents `z_t` (B, c, h, w) at integer steps `t` (B,).
 
-        Parameters
-        ----------
-        z_t
-            Noisy scaled latents (B, c, h, w).
-        t
-            Steps (B,), integers.
-        condition
-            Scaled latents (B, condition_channels, h, w), if the network was built for one.
-
+        `condition` (B, condition_channels, h, w) is scaled, too; give it where the network was
+        built for one, else ValueError.
         """
         h = with_condition(z_t, condition, self.condition_channels)
         time = self.time(timestep_embedding(t, self.channels).to(h))  # (B, time_dim)
@@ -206,12 +195,12 @@ def with_condition(z_t: Tensor, condition: Tensor | None, channels: int) -> Tens
     """Join latents (B, c, h, w) and their condition, which a denoiser has `channels` of, or 0."""
     if (condition is None) != (channels == 0):
         need = f"{channels} channels of" if channels else "no"
-        raise ValueError(f"this denoiser takes {need} condition; see its preset")
+        raise ValueError(f"this denoiser takes {need} condition")
     return z_t if condition is None else torch.cat([z_t, condition], dim=1)
 
 
 def run(network: nn.Module, block: nn.Module, *inputs: Tensor) -> Tensor:
-    """Call a block of a network, which keeps no activation inside where it has `checkpointing`."""
+    """Call a block; where the network has `checkpointing`, no activation inside is kept."""
     if network.checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)

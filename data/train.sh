@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Trains a family from its data, stage by stage, into data/FAMILY.
-#   data/train.sh photos             one CPU thread, an hour; or cats, on two
-#   SCALE=20 data/train.sh cats      that many times the steps, for a GPU
+#   data/train.sh photos             one CPU thread, an hour
 #   PROCESSES=2 data/train.sh cats   the denoiser in that many processes, on as many cores or GPUs
-# ARBSCALE_DATA names the folder of the data: afhq_cats (`python -m arbscale download afhq`), or sr,
-# any photographs; ARBSCALE_WEIGHTS may name one of AlexNet's weights, for LPIPS. A stopped run goes
-# on where it was when the same command is given again.
+#   SCALE=2 data/train.sh cats       that many times the steps
+# ARBSCALE_DATA names the folder of the data: afhq_cats256, the cats of AFHQ at 256 px, or sr, any
+# photographs. ARBSCALE_WEIGHTS names the folder of published weights: taesd, for cats, and
+# AlexNet's, for LPIPS. Rerun the same command to resume a stopped run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 family=${1:?name a family: cats or photos} scale=${SCALE:-1}
@@ -21,19 +21,17 @@ train() { # FOLDER OPTIONS: some stages, from which FOLDER gets the weights
 
 case $family in
   cats)
-    data=(--data afhq_cats --whole) mixed=(--data afhq_cats --whole) large=(--data afhq_cats --whole)
-    # Where the cats are of 128 px, larger versions of some may lie beside them.
-    if [ -d "$ARBSCALE_DATA/afhq_cats/hi256" ]; then
-      mixed+=(--larger afhq_cats/hi256) large=(--data afhq_cats/hi256 --whole)
-    fi
-    train runs/cats-first "${mixed[@]}" --joint --steps 0 $((5000 * scale)) 0 0
+    data=(--data afhq_cats256 --whole)
+    teacher=${ARBSCALE_WEIGHTS:?name the folder of taesd/taesd_encoder.safetensors}
+    teacher=$teacher/taesd/taesd_encoder.safetensors
+    train runs/cats-first "${data[@]}" --teacher "$teacher" --steps 0 $((7000 * scale)) 0 0
     launch=("$python" -m torch.distributed.run --nproc_per_node "${PROCESSES:-1}" -m --)
-    train runs/cats-denoiser --start runs/cats-first "${data[@]}" --pool 24576 \
-      --steps 0 0 $((8500 * scale)) 0
+    train runs/cats-denoiser --start runs/cats-first "${data[@]}" --ema-decay 0.9995 \
+      --steps 0 0 $((47000 * scale)) 0
     launch=("$python" -m)
-    train runs/cats-unaligned --start runs/cats-denoiser "${large[@]}" \
-      --steps 0 $((12000 * scale)) 0 0
-    train data/cats --start runs/cats-unaligned "${data[@]}" --sample-every 0 --steps 0 0 0 200
+    train runs/cats-student --start runs/cats-denoiser "${data[@]}" --teacher "$teacher" \
+      --preset.tiny-channels 48 --steps $((8000 * scale)) 0 0 0
+    train data/cats --start runs/cats-student "${data[@]}" --sample-every 0 --steps 0 0 0 200
     ;;
   photos)
     train runs/photos-unaligned --data sr --joint --pool 6144 \

@@ -50,7 +50,7 @@ def test_a_posterior_has_twice_the_channels():
 @pytest.mark.parametrize("size", [(7, 8), (8, 7), (6, 8), (1, 4)], ids=str)
 def test_other_sides_are_refused_with_the_mend(size):
     encoder = Encoder(32, (1, 1, 1), blocks=1)
-    with pytest.raises(ValueError, match=r"multiples of 4, got .* crop or resize"):
+    with pytest.raises(ValueError, match="multiples of 4"):
         encoder(noise(1, 3, *size))
 
 

@@ -3,14 +3,18 @@
 import copy
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import arbscale
 from arbscale import compat
+from arbscale.__main__ import main
 from arbscale.autoencoder import TinyEncoder
 from arbscale.data import sample_photos
 
@@ -49,7 +53,7 @@ def test_a_missing_tensor_is_named(golden, reader):
     read_it, part, key = READERS[reader]
     state = dict(golden[part])
     del state[key]
-    with pytest.raises(ValueError, match=f"missing \\['{key}'\\], unexpected \\[\\]"):
+    with pytest.raises(ValueError, match=f"missing \\['{key}'\\]"):
         read_it(golden[0], state)
 
 
@@ -57,7 +61,7 @@ def test_a_missing_tensor_is_named(golden, reader):
 def test_an_unexpected_tensor_is_named(golden, reader):
     read_it, part, _ = READERS[reader]
     state = golden[part] | {"extra.weight": torch.zeros(1)}
-    with pytest.raises(ValueError, match=r"missing \[\], unexpected \['extra.weight'\]"):
+    with pytest.raises(ValueError, match="extra.weight"):
         read_it(golden[0], state)
 
 
@@ -65,7 +69,7 @@ def test_an_unexpected_tensor_is_named(golden, reader):
 def test_an_ill_shaped_tensor_is_named(golden, reader):
     read_it, part, key = READERS[reader]
     state = golden[part] | {key: golden[part][key][:-1]}
-    with pytest.raises(ValueError, match=f"of another shape \\['{key} .* for .*'\\]; pass the"):
+    with pytest.raises(ValueError, match=re.escape(key)):
         read_it(golden[0], state)
 
 
@@ -83,7 +87,7 @@ def test_a_config_of_another_network(golden):
     config["ddconfig"]["num_res_blocks"] += 1
     config["unet"]["num_res_blocks"] += 1
     for read_it, part, _ in READERS.values():
-        with pytest.raises(ValueError, match="does not fit its config: missing"):
+        with pytest.raises(ValueError, match="missing"):
             read_it(config, golden[part])
 
 
@@ -165,8 +169,186 @@ def test_a_checkpoint_without_a_part_of_the_encoder(golden, key):
 def test_a_checkpoint_with_more_in_the_encoder(golden):
     checkpoint = ldm_checkpoint(*golden[1:3])
     checkpoint["first_stage_model.encoder.extra.weight"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"unexpected \['encoder.extra.weight'\]"):
+    with pytest.raises(ValueError, match="encoder.extra.weight"):
         compat.encoder_from_ldm(golden[0], checkpoint)
+
+
+# Whole folders ------------------------------------------------------------------------------------
+
+
+def published(config, whole=True, liif=True):
+    """Arrange the golden config as the YAML of a whole model, or of a first stage alone."""
+    first = {"ddconfig": config["ddconfig"], "lossconfig": {"target": "torch.nn.Identity"}}
+    if liif:
+        first["liifconfig"] = config["liifconfig"]
+    train = {"params": {"train": {"params": {"size": 32, "lr_size": 8}}}}
+    if not whole:
+        first["trainconfig"] = {"gt_min": 8, "gt_max": 32}
+        return {"model": {"params": first}, "data": train}
+    params = {
+        **config["schedule"],
+        "c_encode": True,
+        "scale_by_std": True,
+        "unet_config": {"target": "UNetModel", "params": config["unet"]},
+        "first_stage_config": {"target": "FirstStageModel", "params": first},
+    }
+    return {"model": {"params": params}, "data": train}
+
+
+def released(config, state, unet_state):
+    """Arrange a whole checkpoint as the released code saves it."""
+    checkpoint = {"first_stage_model." + k: v for k, v in state.items()}
+    checkpoint |= {"model.diffusion_model." + k: v for k, v in unet_state.items()}
+    checkpoint |= {"betas": torch.zeros(1000), "sqrt_recipm1_alphas_cumprod": torch.zeros(1000)}
+    return checkpoint | {"scale_factor": torch.tensor(config["scale_factor"])}
+
+
+def averaged(checkpoint):
+    """Move the U-Net's weights to their moving averages, and put noise in their place."""
+    checkpoint = dict(checkpoint)
+    for key in [k for k in checkpoint if k.startswith("model.diffusion_model.")]:
+        name = "model_ema." + key.removeprefix("model.").replace(".", "")
+        checkpoint[name] = checkpoint[key]
+        checkpoint[key] = torch.randn(checkpoint[key].shape)
+    return checkpoint
+
+
+@pytest.fixture
+def convert(tmp_path, capsys):
+    """Return a function that writes a checkpoint and its YAML, and converts them."""
+
+    def call(checkpoint, config, name="model.ckpt"):
+        path, yaml_path = tmp_path / name, tmp_path / "config.yaml"
+        if path.suffix == ".safetensors":
+            save_file(checkpoint, path)
+        else:
+            torch.save({"state_dict": checkpoint, "epoch": 3}, path)
+        yaml_path.write_text(yaml.safe_dump(config))
+        words = ["convert", str(path), "--config", str(yaml_path), "-o", str(tmp_path / "out")]
+        status, said = main(words), capsys.readouterr()
+        return status, said.out + said.err, tmp_path / "out"
+
+    return call
+
+
+def check_outputs(model, config, tensors):
+    close = {"atol": 1e-4, "rtol": 0}
+    latent = model.first_stage.encode(tensors["image"])
+    torch.testing.assert_close(latent, tensors["latent"], **close)
+    for size in config["output_sizes"]:
+        decoded = model.first_stage.decode(latent, size)
+        torch.testing.assert_close(decoded, tensors[f"decoded_{size}"], **close)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+@pytest.mark.parametrize("ema", [False, True])
+@torch.no_grad()
+def test_a_released_checkpoint_becomes_a_folder(golden, convert, name, ema):
+    config, state, unet_state, tensors = golden
+    checkpoint = released(config, state, unet_state)
+    checkpoint = averaged(checkpoint) if ema else checkpoint
+    status, said, folder = convert(checkpoint, published(config), name)
+    assert status == 0 and "untrained" not in said
+    model = arbscale.load(folder)
+    check_outputs(model, config, tensors)
+    condition = model.condition(tensors["lr_image"])
+    torch.testing.assert_close(condition, tensors["condition"], atol=1e-4, rtol=0)
+    eps = model.denoise(condition)(tensors["z_t"], tensors["t"])
+    torch.testing.assert_close(eps, tensors["eps"], atol=2e-4, rtol=0)
+    torch.testing.assert_close(model.schedule.alpha_bar, tensors["alphas_cumprod"])
+    assert model.upscale(tensors["lr_image"][0], 3.7, steps=1).shape == (3, 30, 30)
+
+
+@torch.no_grad()
+def test_a_released_first_stage_becomes_a_folder(golden, convert):
+    config, state, _, tensors = golden
+    checkpoint = state | {"loss.logvar": torch.zeros(())}
+    status, said, folder = convert(checkpoint, published(config, whole=False))
+    assert status == 0 and "denoiser: untrained" in said
+    model = arbscale.load(folder)
+    check_outputs(model, config, tensors)
+    assert "untrained" in model.manifest["denoiser"] and model.preset.target_sizes == (8, 32)
+
+
+@torch.no_grad()
+def test_a_compvis_checkpoint_becomes_a_folder_with_an_untrained_decoder(golden, convert):
+    config, state, unet_state, tensors = golden
+    checkpoint = ldm_checkpoint(state, unet_state)
+    checkpoint = {k: v for k, v in checkpoint.items() if not k.startswith("model_ema.diff")}
+    checkpoint["scale_factor"] = torch.tensor(config["scale_factor"])
+    status, said, folder = convert(checkpoint, published(config, liif=False))
+    assert status == 0 and "decoder: untrained" in said
+    model = arbscale.load(folder)
+    latent = model.first_stage.encode(tensors["image"])
+    torch.testing.assert_close(latent, tensors["latent"], atol=1e-4, rtol=0)
+    assert model.scale_factor == pytest.approx(config["scale_factor"])
+    assert "untrained" in model.manifest["decoder"] and "denoiser" not in model.manifest
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("first_stage_model.encoder.0.conv_in.weight", "remove"),
+        ("model.diffusion_model.out.2.bias", "remove"),
+        ("model.diffusion_model.extra.weight", "add"),
+        ("first_stage_model.extra.weight", "add"),
+        ("cond_stage_model.embedding.weight", "add"),
+        ("unheard.of", "add"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_not_converted(convert, key, change):
+    config, state, unet_state, _ = read("plain")
+    checkpoint = released(config, state, unet_state)
+    if change == "add":
+        checkpoint[key] = torch.zeros(1)
+    else:
+        del checkpoint[key]
+    status, said, folder = convert(checkpoint, published(config))
+    name = key.removeprefix("first_stage_model.").removeprefix("model.diffusion_model.")
+    assert status == 2 and name in said and not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "fact"),
+    [
+        (("model", "params", "unet_config"), {}, "params"),
+        (("model", "params", "beta_schedule"), "cosine", "cosine"),
+        (("model", "params", "parameterization"), "x0", "x0"),
+        (("model", "params", "c_encode"), False, "condition"),
+        (("data",), None, "config.yaml"),
+        (("model",), "none", "config.yaml"),
+    ],
+)
+def test_a_config_that_is_not_supported_is_named(convert, path, value, fact):
+    config, state, unet_state, _ = read("plain")
+    tree = published(config)
+    inner = tree
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    status, said, folder = convert(released(config, state, unet_state), tree)
+    assert status == 2 and fact in said and not folder.exists()
+
+
+class Surprise:
+    """What a checkpoint must not run."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("surprise"),))
+
+
+def test_nothing_is_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "callbacks": Surprise()}, "evil.ckpt")
+    with pytest.raises(ValueError, match="evil.ckpt"):
+        compat.read_checkpoint(Path("evil.ckpt"))
+    assert not Path("surprise").exists()
+    torch.save({"state_dict": {"a": 1}}, "numbers.ckpt")
+    Path("damaged.ckpt").write_bytes(b"damaged")
+    Path("damaged.safetensors").write_bytes(b"damaged")
+    for name in ("numbers.ckpt", "damaged.ckpt", "damaged.safetensors"):
+        with pytest.raises(ValueError, match=name):
+            compat.read_checkpoint(Path(name))
 
 
 # Variants of the U-Net ----------------------------------------------------------------------------
@@ -200,7 +382,7 @@ def test_options_that_are_off_are_no_hindrance(golden):
 def test_the_width_of_a_head_must_be_given(golden):
     config = copy.deepcopy(golden[0])
     del config["unet"]["num_head_channels"]
-    with pytest.raises(ValueError, match="must give num_head_channels"):
+    with pytest.raises(ValueError, match="num_head_channels"):
         compat.unet_from_reference(config, golden[2])
 
 
@@ -224,7 +406,7 @@ def test_the_tiny_nets_are_diffusers():
 
     torch.manual_seed(0)
     theirs = AutoencoderTiny()
-    encoder = compat.tiny_encoder(published(theirs.encoder.layers))
+    encoder = compat.tiny_encoder(dict(theirs.encoder.layers.state_dict()))
     shifted = {
         f"{int(k.split('.')[0]) + 1}.{k.split('.', 1)[1]}": v  # published with a clamp first
         for k, v in theirs.decoder.layers.state_dict().items()
@@ -236,14 +418,10 @@ def test_the_tiny_nets_are_diffusers():
     torch.testing.assert_close(decoder(3 * z), theirs.decode(3 * z).sample, atol=1e-5, rtol=1e-4)
 
 
-def published(layers: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return dict(layers.state_dict())
-
-
 def test_weights_that_are_not_taesds_are_refused():
-    with pytest.raises(ValueError, match="not TAESD"):
+    with pytest.raises(ValueError, match="TAESD"):
         compat.tiny_encoder({"encoder.conv_in.weight": torch.zeros(4, 3, 3, 3)})
-    state = published(TinyEncoder(8, 4).layers)
+    state = dict(TinyEncoder(8, 4).layers.state_dict())
     with pytest.raises(ValueError, match=r"7\.conv\.2\.bias"):
         compat.tiny_encoder({k: v for k, v in state.items() if k != "7.conv.2.bias"})
     with pytest.raises(ValueError, match="extra"):

@@ -17,7 +17,7 @@ def test_a_size_is_an_integer_or_a_pair():
 
 @pytest.mark.parametrize("size", [0, -1, (3, 0), (3,), (1, 2, 3), (2.5, 3), 2.5, "large", None])
 def test_anything_else_is_refused_with_an_example(size):
-    with pytest.raises(ValueError, match="for example 256"):
+    with pytest.raises(ValueError, match="size"):
         check_size(size)
 
 
@@ -37,7 +37,7 @@ def test_scaled_size(size, scale, expected):
 
 @pytest.mark.parametrize("scale", [0, -1.0, math.nan, math.inf, -math.inf])
 def test_a_scale_is_positive_and_finite(scale):
-    with pytest.raises(ValueError, match="positive number"):
+    with pytest.raises(ValueError, match="scale"):
         scaled_size((4, 4), scale)
 
 
@@ -80,5 +80,5 @@ def test_windows():
     [(-1, 0, 2, 2), (0, -1, 2, 2), (2, 0, 2, 2), (0, 4, 1, 2), (0, 0, 0, 2), (0, 0, 2, 0)],
 )
 def test_a_window_lies_inside(window):
-    with pytest.raises(ValueError, match="does not lie in a picture of 3 x 5"):
+    with pytest.raises(ValueError, match="3 x 5"):
         check_window(window, (3, 5))

@@ -41,7 +41,7 @@ def test_schedule_by_hand():
     [(0, 0.1, 10), (-0.1, 0.1, 10), (0.2, 0.1, 10), (0.1, 1, 10), (0.1, 0.2, 0), (math.nan, 1, 5)],
 )
 def test_a_schedule_is_checked(arguments):
-    with pytest.raises(ValueError, match="0 < beta_start <= beta_end < 1"):
+    with pytest.raises(ValueError, match="beta_start"):
         NoiseSchedule(*arguments)
 
 

@@ -58,7 +58,7 @@ def test_latent(case):
 
 def test_posterior(case):
     if "posterior_mean" not in case.outputs:
-        with pytest.raises(RuntimeError, match="no posterior"):
+        with pytest.raises(RuntimeError, match="posterior"):
             case.first_stage.posterior(case.inputs["image"])
         return
     posterior = case.first_stage.posterior(case.inputs["image"])

@@ -221,15 +221,15 @@ def test_layers_are_plain():
 def test_errors_say_what_came():
     liif, f = build(), features(5, 4)
     coords, cells = torch.zeros(1, 6, 2), torch.ones(1, 2)
-    with pytest.raises(ValueError, match=r"features must be \(B, 5, h, w\), got \(1, 4, 5, 4\)"):
+    with pytest.raises(ValueError, match=r"\(1, 4, 5, 4\)"):
         liif.query(f[:, :4], coords, cells)
-    with pytest.raises(ValueError, match=r"coords must be \(1, N, 2\), got \(6, 2\)"):
+    with pytest.raises(ValueError, match=r"\(6, 2\)"):
         liif.query(f, coords[0], cells)
-    with pytest.raises(ValueError, match="coords must be"):
+    with pytest.raises(ValueError, match="coords"):
         liif.query(f, coords.expand(2, -1, -1), cells)
-    with pytest.raises(ValueError, match=r"cells must be \(1, 2\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"\(2,\)"):
         liif.query(f, coords, cells[0])
-    with pytest.raises(ValueError, match="a size is"):
+    with pytest.raises(ValueError, match="size"):
         liif.render(f, (0, 4))
-    with pytest.raises(ValueError, match="does not lie in a picture"):
+    with pytest.raises(ValueError, match="window"):
         liif.render(f, (4, 4), (2, 2, 3, 3))

@@ -24,7 +24,7 @@ def images(seed: int = 0, shape=(2, 3, 24, 30)) -> torch.Tensor:
 
 
 def smooth(size, n: int = 2, seed: int = 0) -> torch.Tensor:
-    """Return smooth pictures, the same at every size."""
+    """Return smooth images, the same at every size."""
     generator = torch.Generator().manual_seed(seed)
     grid = torch.rand((n, 3, 5, 5), generator=generator) * 1.6 - 0.8
     return F.interpolate(grid, size, mode="bilinear", align_corners=False)
@@ -133,9 +133,9 @@ def test_metrics_take_what_has_a_gradient():
 
 def test_ssim_needs_room_for_its_window():
     assert ssim(images(0, (3, 11, 11)), images(0, (3, 11, 11))) == pytest.approx(1)
-    with pytest.raises(ValueError, match="11 pixels a side .* got 10 x 12"):
+    with pytest.raises(ValueError, match="10, 12"):
         ssim(images(0, (3, 10, 12)), images(1, (3, 10, 12)))
-    with pytest.raises(ValueError, match="got 10 x 10"):
+    with pytest.raises(ValueError, match="10, 10"):
         ssim(images(0, (3, 14, 14)), images(1, (3, 14, 14)), border=2)
 
 
@@ -145,20 +145,20 @@ def test_ssim_needs_room_for_its_window():
 @pytest.mark.parametrize("metric", [psnr, ssim])
 def test_errors_say_what_came(metric):
     a = images(0)
-    with pytest.raises(ValueError, match=r"one shape, got \(2, 3, 24, 30\) and \(3, 24, 30\)"):
+    with pytest.raises(ValueError, match=r"\(2, 3, 24, 30\).*\(3, 24, 30\)"):
         metric(a, a[0])
-    with pytest.raises(ValueError, match=r"got torch.uint8 .*image / 127.5 - 1"):
+    with pytest.raises(ValueError, match="torch.uint8"):
         metric(a.to(torch.uint8), a)
-    with pytest.raises(ValueError, match=r"got torch.float32 \(2, 24, 30, 3\)"):
+    with pytest.raises(ValueError, match=r"\(2, 24, 30, 3\)"):
         metric(a.movedim(1, 3), a.movedim(1, 3))
-    with pytest.raises(ValueError, match="unknown colour space 'lab'; take rgb or y"):
+    with pytest.raises(ValueError, match="'lab'.*rgb or y"):
         metric(a, a, space="lab")
     for border in (-1, 12):
-        with pytest.raises(ValueError, match=f"24 x 30 pixels, got {border}"):
+        with pytest.raises(ValueError, match=f"{border} .*24 x 30"):
             metric(a, a, border=border)
-    with pytest.raises(ValueError, match="got NaN"):
+    with pytest.raises(ValueError, match="NaN"):
         metric(a, torch.full_like(a, math.nan))
-    with pytest.raises(ValueError, match="at least one image"):
+    with pytest.raises(ValueError, match=r"\(0, 3, 24, 30\)"):
         metric(a[:0], a[:0])
 
 
@@ -199,11 +199,11 @@ def test_lpips_over_squeezenet_ranks_alike():
 
 
 def test_lpips_errors(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="32 px, got"):
+    with pytest.raises(ValueError, match="32 px.*24, 30"):
         lpips(images(0), images(1))
-    with pytest.raises(ValueError, match="unknown backbone 'vgg'; take alex or squeeze"):
+    with pytest.raises(ValueError, match="'vgg'.*alex or squeeze"):
         lpips(smooth(32), smooth(32), "vgg")
-    with pytest.raises(ValueError, match="got NaN"):
+    with pytest.raises(ValueError, match="NaN"):
         lpips(smooth(32) * math.nan, smooth(32))
 
     def unreachable(*args, **options):
@@ -214,7 +214,7 @@ def test_lpips_errors(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
     lpips_network.cache_clear()
     assert not lpips_is_there()
-    with pytest.raises(FileNotFoundError, match="put alexnet_features.pth into that folder"):
+    with pytest.raises(FileNotFoundError, match="alexnet_features.pth"):
         lpips(smooth(32), smooth(32))
 
 
@@ -272,7 +272,7 @@ def test_self_ssim_of_identical_and_of_unrelated_pictures(variant):
 
 
 def test_self_ssim_rows_are_the_size_measured_at():
-    """Detail that only the large picture has is lost when measured at the small size."""
+    """Detail that only the large image has is lost when measured at the small size."""
     detailed = smooth(96)
     detailed[..., ::2, ::2] += 0.15
     detailed[..., 1::2, 1::2] -= 0.15
@@ -282,7 +282,7 @@ def test_self_ssim_rows_are_the_size_measured_at():
 
 @pytest.mark.parametrize("variant", ["clean", "scaleparty"])
 def test_self_ssim_does_not_depend_on_the_batch(variant):
-    """35 pictures go through in chunks; the result is the mean of each alone."""
+    """35 images go through in chunks; the result is the mean of each alone."""
     small = smooth(32, 35) + 0.2 * images(0, (35, 3, 32, 32))
     large = smooth(40, 35)
     whole = self_ssim({32: small, 40: large}, variant)
@@ -298,17 +298,17 @@ def test_self_ssim_takes_odd_and_oblong_sizes():
 
 
 def test_self_ssim_errors():
-    with pytest.raises(ValueError, match="unknown variant 'other'; take clean or scaleparty"):
+    with pytest.raises(ValueError, match="'other'.*clean or scaleparty"):
         self_ssim({32: smooth(32)}, "other")
-    with pytest.raises(ValueError, match="same latents"):
+    with pytest.raises(ValueError, match=r"\[2, 3\]"):
         self_ssim({32: smooth(32, 2), 40: smooth(40, 3)})
-    with pytest.raises(ValueError, match="same latents"):
+    with pytest.raises(ValueError, match=r"\[\]"):
         self_ssim({})
-    with pytest.raises(ValueError, match=r"\(N, 3, 40, 40\) under 40, .* got \(2, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"\(N, 3, 40, 40\).*\(2, 3, 32, 32\)"):
         self_ssim({40: smooth(32)})
-    with pytest.raises(ValueError, match="sides of 11 or more"):
+    with pytest.raises(ValueError, match="11"):
         self_ssim({10: smooth(10)})
-    with pytest.raises(ValueError, match="sides of 16 or more"):
+    with pytest.raises(ValueError, match="16"):
         self_ssim({15: smooth(15)}, "scaleparty")
-    with pytest.raises(ValueError, match="got NaN"):
+    with pytest.raises(ValueError, match="NaN"):
         self_ssim({16: torch.full((1, 3, 16, 16), math.nan)})

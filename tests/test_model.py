@@ -137,16 +137,16 @@ def test_progress_of_generation(generator):
 
 
 def test_generation_is_refused_where_it_makes_no_sense(generator, upscaler):
-    with pytest.raises(RuntimeError, match="super-resolution model; call upscale"):
+    with pytest.raises(RuntimeError, match="upscale"):
         upscaler.generate(1, 32)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match="0"):
         generator.generate(0, 32)
-    with pytest.raises(ValueError, match="a size is"):
+    with pytest.raises(ValueError, match="0"):
         generator.generate(1, (32, 0))
-    with pytest.raises(ValueError, match="unknown sampler 'euler'; take one of ddpm, ddim"):
+    with pytest.raises(ValueError, match="euler"):
         generator.generate(1, 8, sampler="euler")
     for steps in (0, 1001):
-        with pytest.raises(ValueError, match="number of steps"):
+        with pytest.raises(ValueError, match=str(steps)):
             generator.generate(1, 8, steps=steps)
 
 
@@ -247,38 +247,38 @@ def test_the_denoiser_sees_the_picture(upscaler):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "fact"),
     [
-        ({}, "give either scale"),
-        ({"scale": 2, "size": 20}, "give either scale"),
-        ({"scale": 0}, "positive number"),
-        ({"scale": -3.7}, "positive number"),
-        ({"scale": math.nan}, "positive number"),
-        ({"scale": math.inf}, "positive number"),
-        ({"size": 0}, "a size is"),
-        ({"size": (0, 5)}, "a size is"),
-        ({"size": ()}, "a size is"),
-        ({"size": (5, 5, 5)}, "a size is"),
-        ({"size": 20.5}, "a size is"),
+        ({}, "scale"),
+        ({"scale": 2, "size": 20}, "scale"),
+        ({"scale": 0}, "0"),
+        ({"scale": -3.7}, "-3.7"),
+        ({"scale": math.nan}, "nan"),
+        ({"scale": math.inf}, "inf"),
+        ({"size": 0}, "0"),
+        ({"size": (0, 5)}, "0, 5"),
+        ({"size": ()}, "size"),
+        ({"size": (5, 5, 5)}, "5, 5, 5"),
+        ({"size": 20.5}, "20.5"),
         ({"scale": 2, "tile": -4}, "tile"),
-        ({"scale": 2, "steps": 0}, "number of steps"),
-        ({"scale": 2, "sampler": "euler"}, "unknown sampler"),
+        ({"scale": 2, "steps": 0}, "0"),
+        ({"scale": 2, "sampler": "euler"}, "euler"),
     ],
     ids=str,
 )
-def test_nonsense_is_refused(upscaler, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_nonsense_is_refused(upscaler, options, fact):
+    with pytest.raises(ValueError, match=fact):
         upscaler.upscale(picture(9, 7), **options)
 
 
 def test_a_picture_that_is_none_is_refused(upscaler):
     for wrong in (torch.zeros(2, 9, 7), np.zeros((9, 7)), "cat.png", torch.full((3, 4, 4), 7.0)):
-        with pytest.raises(ValueError, match="is a PIL image|is a tensor|is uint8"):
+        with pytest.raises(ValueError):
             upscaler.upscale(wrong, scale=2)
 
 
 def test_a_generator_does_not_up_sample(generator):
-    with pytest.raises(RuntimeError, match="is a generator; load a super-resolution model"):
+    with pytest.raises(RuntimeError, match="generator"):
         generator.upscale(picture(9, 7), scale=2)
 
 

@@ -94,50 +94,48 @@ def test_an_altered_file(folder):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="SHA-256; fetch it again"):
+    with pytest.raises(ValueError, match="weights-00000.*SHA-256"):
         store.load(folder)
 
 
 def test_a_truncated_file(folder):
     path = folder / "weights-00000.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="has 100 bytes, .* truncated download .* fetch it again"):
+    with pytest.raises(ValueError, match="weights-00000.* 100 bytes"):
         store.load(folder)
 
 
 def test_a_missing_file(folder):
     (folder / "weights-00000.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="named in the manifest but missing; fetch"):
+    with pytest.raises(FileNotFoundError, match="weights-00000"):
         store.load(folder)
 
 
 def test_an_unknown_name(tmp_path):
     for wrong in ("no-such-model", tmp_path):
-        with pytest.raises(FileNotFoundError, match="train one with `python -m arbscale train`"):
+        with pytest.raises(FileNotFoundError, match="python -m arbscale train"):
             store.find(wrong)
-    with pytest.raises(
-        FileNotFoundError, match="no model 'no-such-model'.*photos, photos-tiny, scenes"
-    ):
+    with pytest.raises(FileNotFoundError, match="no-such-model.*photos, photos-tiny, scenes"):
         arbscale.load("no-such-model")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"format": 2}', '{"format": 1}'])
 def test_a_damaged_manifest(folder, text):
     (folder / store.MANIFEST).write_text(text)
-    with pytest.raises(ValueError, match="damaged or of another version; fetch or save"):
+    with pytest.raises(ValueError, match="manifest.json"):
         store.load(folder)
 
 
 def test_a_manifest_that_is_no_text(folder):
     (folder / store.MANIFEST).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="manifest.json"):
         store.load(folder)
 
 
 @pytest.mark.parametrize("field", ["name", "sha256", "bytes"])
 def test_a_manifest_whose_files_are_half_described(folder, field):
     edit(folder, lambda m: m["files"][0].pop(field))
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="manifest.json"):
         store.load(folder)
 
 
@@ -154,7 +152,7 @@ def model_folder(tmp_path):
 def test_a_preset_that_does_not_fit_its_weights(model_folder):
     other = dataclasses.replace(presets.tiny(), hidden=(48,)).to_dict()
     edit(model_folder, lambda m: m.update(preset=other))
-    with pytest.raises(ValueError, match="do not fit the preset in its manifest; fetch or save"):
+    with pytest.raises(ValueError, match="tiny"):
         arbscale.load(model_folder)
 
 
@@ -168,7 +166,7 @@ def test_a_preset_of_another_version(model_folder):
 
 def test_a_manifest_without_a_scale_factor(model_folder):
     edit(model_folder, lambda m: m.pop("scale_factor"))
-    with pytest.raises(ValueError, match="scale_factor|damaged"):
+    with pytest.raises(ValueError, match="scale_factor"):
         arbscale.load(model_folder)
 
 
@@ -232,17 +230,20 @@ def test_permissions_follow_the_umask(tmp_path, mask):
     try:
         with store.replacing(tmp_path / "a") as draft:
             draft.touch(0o600)
+        store.save(tmp_path, {"a": torch.zeros(1)}, PRESET)
     finally:
         os.umask(before)
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~mask
+    for name in ("a", store.MANIFEST, "weights-00000.safetensors"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_a_content_key_depends_on_facts_and_weights():
     one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     keys = {
         store.content_key(*facts, module=module)
-        for facts in ([1, "a"], [1, "b"])
+        for facts in ([1, "a"], [1, "b"], [torch.zeros(4)], [torch.zeros(2, 2)], [torch.ones(4)])
         for module in (None, one, other)
     }
-    assert len(keys) == 6
+    assert len(keys) == 15
+    assert store.content_key(torch.zeros(2, dtype=torch.bfloat16)) != store.content_key(2)
     assert store.content_key({"a": 1, "b": 2}) == store.content_key({"b": 2, "a": 1})

@@ -145,9 +145,9 @@ def test_condition(kind):
     with torch.no_grad():
         eps = [net(z, STEPS, noise(2, 3, 6, 5, seed=seed)) for seed in (1, 2)]
     assert (eps[0] - eps[1]).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="takes 3 channels of condition"):
+    with pytest.raises(ValueError, match="3 channels"):
         net(z, STEPS)
-    with pytest.raises(ValueError, match="takes no condition"):
+    with pytest.raises(ValueError, match="condition"):
         build(kind)(z, STEPS, z)
 
 
@@ -256,9 +256,9 @@ def test_light():
 
 
 def test_what_cannot_be_built_is_refused():
-    with pytest.raises(ValueError, match="denoiser is one of unet, unet_transformer, transf"):
+    with pytest.raises(ValueError, match="unet_transformer"):
         preset("unet_transformers")
-    with pytest.raises(ValueError, match="at least 1, got 0 and 3"):
+    with pytest.raises(ValueError, match="0 and 3"):
         preset("transformer", merge=0)
-    with pytest.raises(ValueError, match="multiple of head_channels, .* got 64 and 24"):
+    with pytest.raises(ValueError, match="64 and 24"):
         build("transformer", head_channels=24)

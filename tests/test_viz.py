@@ -70,9 +70,9 @@ def test_zoom_strip_shows_the_same_part_of_every_size(drawn):
 
 
 def test_what_cannot_be_shown_is_refused(drawn):
-    with pytest.raises(ValueError, match="2 pictures need 2 titles"):
+    with pytest.raises(ValueError, match="titles"):
         viz.show([picture(), picture()], titles=["one"])
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="at least one"):
         viz.show([])
     with pytest.raises(ValueError, match=r"\(3, H, W\)"):
         viz.show(torch.zeros(20, 20))
@@ -98,7 +98,7 @@ def test_contact_sheet_wraps_and_cuts_long_labels():
     wide, tall = viz.contact_sheet(items, columns=3, box=100).size
     assert 300 < wide < 340 and 300 < tall < 420
     assert viz.contact_sheet([(picture(8), "first\nsecond")], box=100).size[0] < 120
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="at least one"):
         viz.contact_sheet([])
 
 

@@ -1,4 +1,4 @@
-"""Data: pictures from names, folders and archives, single pictures, and continuous scenes."""
+"""Data: images from named sets, folders and downloads, single images, and continuous scenes."""
 
 from arbscale.data.folders import ImageFolder
 from arbscale.data.images import (
@@ -9,6 +9,7 @@ from arbscale.data.images import (
     to_pil,
     to_tensor,
     to_uint8,
+    training_crop,
 )
 from arbscale.data.scenes import (
     FIELDS,
@@ -20,9 +21,7 @@ from arbscale.data.scenes import (
 )
 from arbscale.data.sets import (
     ContinuousScenes,
-    PairDataset,
     PatchDataset,
-    TorchvisionPictures,
     data_root,
     find_folder,
     open_dataset,
@@ -34,10 +33,8 @@ __all__ = [
     "MOODS",
     "ContinuousScenes",
     "ImageFolder",
-    "PairDataset",
     "PatchDataset",
     "Scenes",
-    "TorchvisionPictures",
     "data_root",
     "find_folder",
     "load_image",
@@ -52,4 +49,5 @@ __all__ = [
     "to_pil",
     "to_tensor",
     "to_uint8",
+    "training_crop",
 ]

@@ -1,8 +1,7 @@
-"""What would be used of a folder of pictures, what is converted, what is skipped, and why."""
+"""Which files of a folder would be used, converted or skipped, and why."""
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ _MODES = {
 
 @dataclass(frozen=True)
 class FileReport:
-    """What becomes of one file: a size (height, width) where it is used, else a problem."""
+    """What happens to one file: its size (height, width) if it is used, else the problem."""
 
     name: str
     size: Size | None = None
@@ -40,7 +39,7 @@ class FileReport:
 
 @dataclass(frozen=True)
 class FolderReport:
-    """What becomes of a folder's picture files, and what else lies there and why."""
+    """What happens to a folder's image files, and which other files are passed over and why."""
 
     root: Path
     files: list[FileReport]
@@ -53,17 +52,16 @@ class FolderReport:
 
     def summary(self) -> str:
         """Return counts, with the names of the first files of each kind."""
-        lines = [f"{self.root}: {len(self.used)} of {len(self.files)} picture files can be used"]
-        if self.used:
-            by_area = sorted((f.size[0] * f.size[1], f.size) for f in self.used if f.size)
-            small, large = (f"{h} x {w}" for _, (h, w) in (by_area[0], by_area[-1]))
+        lines = [f"{self.root}: {len(self.used)} of {len(self.files)} image files can be used"]
+        if sizes := sorted((h * w, h, w) for h, w in (f.size for f in self.used if f.size)):
+            small, large = (f"{h} x {w}" for _, h, w in (sizes[0], sizes[-1]))
             lines.append(f"sizes (height x width): from {small} to {large}")
         lines += _grouped("converted", [(f.name, c) for f in self.files for c in f.conversions])
         lines += _grouped("skipped", [(f.name, f.problem) for f in self.files if f.problem])
         return "\n".join(lines + _grouped("passed over", self.passed_over))
 
     def listing(self) -> str:
-        """Return one line a file: its size, or "skipped", its name, and what is done to it."""
+        """Return one line per file: its size or "skipped", its name, and what happens to it."""
         lines = []
         for file in self.files:
             size = f"{file.size[0]} x {file.size[1]}" if file.size else "skipped"
@@ -73,7 +71,7 @@ class FolderReport:
 
 
 def check_folder(root: str | Path) -> FolderReport:
-    """Decode every picture below a folder and report what `ImageFolder` makes of it."""
+    """Decode every image below a folder and report what `ImageFolder` makes of it."""
     root = Path(root)
     names, passed_over = scan_folder(root)
     with warnings.catch_warnings():
@@ -83,22 +81,18 @@ def check_folder(root: str | Path) -> FolderReport:
 
 
 def check_file(root: Path, name: str) -> FileReport:
-    """Decode one picture and report what becomes of it."""
+    """Decode one image and report what happens to it."""
     try:
         with open_image(root / name) as image:
             deep = ";16" in str(image.tile)  # PIL hides it once the pixels are there
             height, width = decode(image).shape[1:]
-            conversions = _conversions(image, root / name, deep)
-        return FileReport(name, (height, width), conversions)
-    except FileNotFoundError:
-        return FileReport(name, problem="no longer there")
-    except ValueError as error:
-        why = re.sub(r" \(\d+ bytes not processed\)", "", reason(error.__cause__))
-        return FileReport(name, problem=why)
+            return FileReport(name, (height, width), _conversions(image, root / name, deep))
+    except (ValueError, FileNotFoundError) as error:
+        return FileReport(name, problem=reason(error.__cause__ or error))
 
 
 def splits(root: Path) -> str:
-    """Return how many pictures `open_dataset` would find in each split."""
+    """Return how many images `open_dataset` would find in each split."""
     lines = []
     for split in SPLITS:
         try:
@@ -111,7 +105,7 @@ def splits(root: Path) -> str:
 
 
 def _conversions(image: Any, path: Path, deep: bool) -> tuple[str, ...]:
-    """Return what `decode` has done to an opened picture."""
+    """Return what `decode` has done to an opened image."""
     from PIL import Image
 
     wanted = Image.registered_extensions().get(path.suffix.lower())

@@ -1,11 +1,10 @@
-"""Continuous scenes: little landscapes that are functions of real coordinates.
+"""Continuous scenes: small landscapes that are functions of real coordinates.
 
-A scene can be asked for its colour at any point and pixel extent, so a picture of any size is
-ground truth that was never resampled. Edges are antialiased by their signed distance over the
-pixel's footprint, stripes by the Fourier transform of the pixel (a sinc), thin things by exact box
-overlap.
+A scene has a colour at any point for any pixel extent, so an image of any size is ground truth that
+was never resampled. Edges are antialiased by their signed distance over the pixel's footprint,
+stripes by the Fourier transform of the pixel (a sinc), thin shapes by exact box overlap.
 
-Geometry lives in the square [-1, 1]^2 of `coords.py`, (y, x) with y down. A picture that is not
+Geometry lives in the square [-1, 1]^2 of `coords.py`, (y, x) with y down. An image that is not
 square still covers that square, so it shows the same scene stretched.
 """
 
@@ -23,8 +22,11 @@ MOODS = ("dawn", "day", "dusk", "night")
 FIELDS = ("meadow", "wheat", "lavender", "tulips")
 _SLOTS = 5  # the near hill has room for five things, trees or one house
 _DRAWS = 64  # random numbers per scene
-_NOWHERE = 9.0  # a height below every picture
+_NOWHERE = 9.0  # a height below every image
 _POINTS = 1 << 18  # points evaluated at once by render_scenes
+
+Cell = tuple[Tensor, Tensor]
+"""The pixel's extent along y and along x, (n, 1) each."""
 
 
 def _rgb(*codes: str) -> Tensor:
@@ -64,7 +66,7 @@ class Scenes:
     tilt: Tensor  # (n, 3) their slope
     waves: Tensor  # (n, 3, 2, 3) their two waves: amplitude, frequency, phase
     snow: Tensor  # (n,) height of the snow line
-    lake: Tensor  # (n,) height of the shore, below the picture where there is none
+    lake: Tensor  # (n,) height of the shore, below the image where there is none
     rows: Tensor  # (n, 3) the field's rows: frequency, vanishing point y, x
     things: Tensor  # (n, 5, 3) x, height and presence of the tree in each fifth of the near hill
     round_trees: Tensor  # (n,) 1 for round crowns, 0 for conifers
@@ -142,7 +144,7 @@ def sample_scenes(n: int, seed: int = 0, first: int = 0) -> Scenes:
         torch.stack([x + between(-0.03, 0.03), between(0.3, 0.5), chance(0.5)], -1)
         for x in [2 * (i + 0.5) / _SLOTS - 1 for i in range(_SLOTS)]
     ], 1)  # fmt: skip
-    things[torch.arange(n), house_slot, 2] *= 1 - has_house  # the house takes the place of a tree
+    things[torch.arange(n), house_slot, 2] *= 1 - has_house  # the house replaces a tree
     house = torch.stack(
         [things[torch.arange(n), house_slot, 0], between(0.13, 0.16) * has_house], -1
     )
@@ -150,6 +152,11 @@ def sample_scenes(n: int, seed: int = 0, first: int = 0) -> Scenes:
         mood=mood, field=field, sky=sky, sun=sun, halo=halo, base=base, tilt=tilt, waves=waves,
         snow=snow, lake=lake, rows=rows, things=things, round_trees=chance(0.5), house=house,
     )  # fmt: skip
+
+
+def _pick(table: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """Return each scene's row of a table of colours, (n, 3, 1), with dtype and device of `like`."""
+    return table.to(like)[index].unsqueeze(-1)
 
 
 def _triangle(t: Tensor) -> Tensor:
@@ -169,7 +176,7 @@ def _overlap(x: Tensor, extent: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return ((right - torch.maximum(x - extent / 2, low)) / extent).clamp_(0, 1)
 
 
-def _disc(y: Tensor, x: Tensor, cell: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _disc(y: Tensor, x: Tensor, cell: Cell) -> tuple[Tensor, Tensor]:
     """Return the distance from the origin and the pixel's footprint along that direction."""
     distance = torch.hypot(y, x).clamp_min_(1e-6)
     return distance, torch.hypot(y * cell[0], x * cell[1]).div_(distance).clamp_min_(1e-6)
@@ -197,17 +204,17 @@ def _ridge(scenes: Scenes, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return height, slope, main
 
 
-def _paint(picture: Tensor, colour: Tensor, alpha: Tensor) -> Tensor:
-    """Lay `colour` (n, 3, 1 or N) over the picture (n, 3, N) with opacity alpha (n, N)."""
-    return torch.lerp(picture, colour.expand_as(picture), alpha.unsqueeze(1))
+def _paint(image: Tensor, colour: Tensor, alpha: Tensor) -> Tensor:
+    """Blend `colour` (n, 3, 1 or N) over the image (n, 3, N) with opacity alpha (n, N)."""
+    return torch.lerp(image, colour.expand_as(image), alpha.unsqueeze(1))
 
 
-def _sky(scenes: Scenes, y: Tensor, x: Tensor, cell: tuple[Tensor, Tensor]) -> Tensor:
+def _sky(scenes: Scenes, y: Tensor, x: Tensor, cell: Cell) -> Tensor:
     """Return the sky (n, 3, N) with its sun or its moon and stars."""
     top, low = scenes.sky.unsqueeze(-1).unbind(1)  # (n, 3, 1)
-    picture = top + (low - top) * ((y + 1) / 1.2).clamp_(0, 1).pow_(1.3).unsqueeze(1)
+    image = top + (low - top) * ((y + 1) / 1.2).clamp_(0, 1).pow_(1.3).unsqueeze(1)
     sun_y, sun_x, radius = scenes.sun.unsqueeze(-1).unbind(1)
-    colour = _SUN.to(y)[scenes.mood].unsqueeze(-1)
+    colour = _pick(_SUN, scenes.mood, y)
     distance_to_sun, sun_footprint = _disc(y - sun_y, x - sun_x, cell)
     night = (scenes.mood == 3).float()[:, None]
     if night.any():
@@ -220,19 +227,17 @@ def _sky(scenes: Scenes, y: Tensor, x: Tensor, cell: tuple[Tensor, Tensor]) -> T
         glow = _edge(distance - seen, footprint) * (size / seen) ** 2
         clear = torch.hypot(star_y - sun_y, star_x - sun_x) > 1.5 * radius  # of the moon
         glow = glow * clear * night
-        picture = _paint(picture, torch.ones_like(top), glow)
+        image = _paint(image, torch.ones_like(top), glow)
     for ring in (2.6, 1.7):
         alpha = _edge(distance_to_sun - ring * radius, sun_footprint) * scenes.halo[:, None]
-        picture = _paint(picture, colour, alpha)
+        image = _paint(image, colour, alpha)
     bite, bite_footprint = _disc(y - sun_y + 0.3 * radius, x - sun_x - 0.5 * radius, cell)
     crescent = 1 - night * _edge(bite - 0.85 * radius, bite_footprint)
-    return _paint(picture, colour, _edge(distance_to_sun - radius, sun_footprint) * crescent)
+    return _paint(image, colour, _edge(distance_to_sun - radius, sun_footprint) * crescent)
 
 
-def _mountains(
-    picture: Tensor, scenes: Scenes, y: Tensor, x: Tensor, cell: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Lay mountains with a sunny and a shady side, and their snow, over the picture."""
+def _mountains(image: Tensor, scenes: Scenes, y: Tensor, x: Tensor, cell: Cell) -> Tensor:
+    """Draw mountains with a sunny and a shady side, and their snow, over the image."""
     height, slope, phase = _ridge(scenes, x)
     covered = _edge(height - y, torch.hypot(cell[0], slope * cell[1]))
     # The shade is a square wave along a slanted line; its mean over a pixel is a difference of
@@ -244,29 +249,22 @@ def _mountains(
     light = 1 - 0.13 * shade.unsqueeze(1)
     line = scenes.snow[:, None] + 0.05 * _triangle(11 * x)
     snow = _edge(y - line, torch.hypot(cell[0], 0.35 * cell[1]))
-    rock, white = (table.to(y)[scenes.mood].unsqueeze(-1) for table in (_MOUNTAIN, _SNOW))
-    colour = _paint(rock.expand_as(picture), white, snow) * light
-    return _paint(picture, colour, covered)
+    rock, white = (_pick(table, scenes.mood, y) for table in (_MOUNTAIN, _SNOW))
+    colour = _paint(rock.expand_as(image), white, snow) * light
+    return _paint(image, colour, covered)
 
 
-def _lake(picture: Tensor, scenes: Scenes, y: Tensor, cell: tuple[Tensor, Tensor]) -> Tensor:
+def _lake(image: Tensor, scenes: Scenes, y: Tensor, cell: Cell) -> Tensor:
     """Tint the mirrored landscape below the shore, with ripples."""
     shore = scenes.lake[:, None]
     water = _edge(shore - y, cell[0])
     ripple = 0.16 * torch.sin(70 * (y - shore)) * torch.sinc(70 * cell[0] / 6.2832)
-    colour = _WATER.to(y)[scenes.mood].unsqueeze(-1)
-    return _paint(picture, colour, water * (0.4 + ripple))
+    return _paint(image, _pick(_WATER, scenes.mood, y), water * (0.4 + ripple))
 
 
-def _trees(
-    picture: Tensor,
-    scenes: Scenes,
-    y: Tensor,
-    x: Tensor,
-    cell: tuple[Tensor, Tensor],
-    light: Tensor,
-) -> Tensor:
-    """Lay the trees over the picture; each point looks only at the tree of its own fifth."""
+def _trees(image: Tensor, scenes: Scenes, y: Tensor, x: Tensor, cell: Cell) -> Tensor:
+    """Draw the trees over the image; a point is compared with the tree of its own fifth only."""
+    light = _pick(_LIGHT, scenes.mood, y)
     slot = ((x + 1) * (_SLOTS / 2)).long().clamp_(0, _SLOTS - 1)
     middle, size, there = (v.gather(1, slot) for v in scenes.things.unbind(-1))
     ground = _outline(scenes, 2, scenes.things[..., 0])[0].gather(1, slot)
@@ -275,7 +273,7 @@ def _trees(
     trunk = _overlap(x, cell[1], -0.07 * size, 0.07 * size) * _overlap(
         up, cell[0], torch.tensor(-0.2), 0.4 * size
     )
-    picture = _paint(picture, _TRUNK.to(y) * light, trunk * there)
+    image = _paint(image, _TRUNK.to(y) * light, trunk * there)
     # Conifer: two triangles, the upper one smaller. Round: a disc.
     crown = torch.zeros_like(x)
     for low, high, wide in ((0.18, 0.78, 0.34), (0.5, 1.0, 0.25)):
@@ -285,19 +283,13 @@ def _trees(
     distance, footprint = _disc(up - 0.62 * size, x, cell)
     disc = _edge(distance - 0.34 * size, footprint)
     crown = torch.lerp(crown, disc, scenes.round_trees[:, None])
-    leaves = _LEAVES.to(y)[scenes.round_trees.long()].unsqueeze(-1)
-    return _paint(picture, leaves * light, crown * there)
+    leaves = _pick(_LEAVES, scenes.round_trees.long(), y)
+    return _paint(image, leaves * light, crown * there)
 
 
-def _house(
-    picture: Tensor,
-    scenes: Scenes,
-    y: Tensor,
-    x: Tensor,
-    cell: tuple[Tensor, Tensor],
-    light: Tensor,
-) -> Tensor:
-    """Lay the house over the picture: walls, roof, door and a window lit at dusk and at night."""
+def _house(image: Tensor, scenes: Scenes, y: Tensor, x: Tensor, cell: Cell) -> Tensor:
+    """Draw the house over the image: walls, roof, door, a window lit at dusk and at night."""
+    light = _pick(_LIGHT, scenes.mood, y)
     middle, size = scenes.house.unsqueeze(-1).unbind(1)
     ground = _outline(scenes, 2, middle)[0]
     there = (size > 0).float()
@@ -310,24 +302,18 @@ def _house(
         return across * _overlap(up, cell[0], low * size, high * size) * there
 
     dark = (scenes.mood >= 2).view(-1, 1, 1)
-    pane = torch.where(dark, _LAMP.to(y), 0.6 * _WATER.to(y)[scenes.mood].unsqueeze(-1))
-    picture = _paint(picture, _WALL.to(y) * light, box(-0.85, 0.85, -1, 1))
-    picture = _paint(picture, _DOOR.to(y) * light, box(-0.6, -0.2, -1, 0.72))
-    picture = _paint(picture, pane, box(0.15, 0.6, 0.32, 0.76))
+    pane = torch.where(dark, _LAMP.to(y), 0.6 * _pick(_WATER, scenes.mood, y))
+    image = _paint(image, _WALL.to(y) * light, box(-0.85, 0.85, -1, 1))
+    image = _paint(image, _DOOR.to(y) * light, box(-0.6, -0.2, -1, 0.72))
+    image = _paint(image, pane, box(0.15, 0.6, 0.32, 0.76))
     roof = _edge(x.abs() - 1.25 * (1.85 * size - up), torch.hypot(cell[1], 1.25 * cell[0]))
     roof = roof * _edge(size - up, cell[0]) * there
-    return _paint(picture, _ROOF.to(y) * light, roof)
+    return _paint(image, _ROOF.to(y) * light, roof)
 
 
-def _field(
-    picture: Tensor,
-    scenes: Scenes,
-    y: Tensor,
-    x: Tensor,
-    cell: tuple[Tensor, Tensor],
-    light: Tensor,
-) -> Tensor:
-    """Lay the near hill over the picture: rows that run to a vanishing point."""
+def _field(image: Tensor, scenes: Scenes, y: Tensor, x: Tensor, cell: Cell) -> Tensor:
+    """Draw the near hill over the image, with rows that run to a vanishing point."""
+    light = _pick(_LIGHT, scenes.mood, y)
     height, slope = _outline(scenes, 2, x)
     frequency, far_y, far_x = scenes.rows.unsqueeze(-1).unbind(1)
     depth = (y - far_y).clamp_min(0.1)
@@ -336,10 +322,10 @@ def _field(
     # A pixel averages the wave: a sinc along each axis, of the phase's change over it in turns.
     stripes = torch.sin(phase)
     stripes *= torch.sinc(turn * cell[1] / 6.2832) * torch.sinc(phase / depth * cell[0] / 6.2832)
-    crop, ground = (table.to(y)[scenes.field].unsqueeze(-1) * light for table in (_CROP, _GROUND))
-    colour = _paint(ground.expand_as(picture), crop, 0.5 + 0.5 * stripes)
+    crop, ground = (_pick(table, scenes.field, y) * light for table in (_CROP, _GROUND))
+    colour = _paint(ground.expand_as(image), crop, 0.5 + 0.5 * stripes)
     colour = colour * (1 - 0.35 * (y - height).clamp_(0, 1)).unsqueeze(1)
-    return _paint(picture, colour, _edge(height - y, torch.hypot(cell[0], slope * cell[1])))
+    return _paint(image, colour, _edge(height - y, torch.hypot(cell[0], slope * cell[1])))
 
 
 def scene_colors(scenes: Scenes, coords: Tensor, cells: Tensor) -> Tensor:
@@ -350,34 +336,30 @@ def scene_colors(scenes: Scenes, coords: Tensor, cells: Tensor) -> Tensor:
     """
     n = len(scenes)
     if coords.ndim != 3 or coords.shape[::2] != (n, 2) or cells.shape != (n, 2):
-        raise ValueError(
-            f"{n} scenes need coords ({n}, N, 2) and cells ({n}, 2), "
-            f"got {tuple(coords.shape)} and {tuple(cells.shape)}"
-        )
+        shapes = f"{tuple(coords.shape)} and {tuple(cells.shape)}"
+        raise ValueError(f"{n} scenes need coords ({n}, N, 2) and cells ({n}, 2), got {shapes}")
     y, x = (v.contiguous() for v in coords.unbind(-1))  # (B, N)
     cell = cells[:, :1], cells[:, 1:]  # (B, 1) each
-    light = _LIGHT.to(y)[scenes.mood].unsqueeze(-1)  # (B, 3, 1)
     # The lake is a mirror: below the shore, sky and mountains are those of the mirrored height.
     shore = scenes.lake[:, None]
     mirrored = shore - (y - shore).abs_()
-    picture = _sky(scenes, mirrored, x, cell)
-    picture = _mountains(picture, scenes, mirrored, x, cell)
-    picture = _lake(picture, scenes, y, cell)
+    image = _sky(scenes, mirrored, x, cell)
+    image = _mountains(image, scenes, mirrored, x, cell)
+    image = _lake(image, scenes, y, cell)
     height, slope = _outline(scenes, 1, x)
-    hill = _HILL.to(y)[scenes.mood].unsqueeze(-1) * (
-        1.12 - 0.6 * (y - height).clamp(0, 1)
-    ).unsqueeze(1)
-    picture = _paint(picture, hill, _edge(height - y, torch.hypot(cell[0], slope * cell[1])))
-    picture = _trees(picture, scenes, y, x, cell, light)
-    picture = _house(picture, scenes, y, x, cell, light)
-    picture = _field(picture, scenes, y, x, cell, light)
-    return picture.mul_(2).sub_(1).clamp_(-1, 1).transpose(1, 2)  # (B, N, 3)
+    shade = (1.12 - 0.6 * (y - height).clamp(0, 1)).unsqueeze(1)
+    hill = _pick(_HILL, scenes.mood, y) * shade
+    image = _paint(image, hill, _edge(height - y, torch.hypot(cell[0], slope * cell[1])))
+    image = _trees(image, scenes, y, x, cell)
+    image = _house(image, scenes, y, x, cell)
+    image = _field(image, scenes, y, x, cell)
+    return image.mul_(2).sub_(1).clamp_(-1, 1).transpose(1, 2)  # (B, N, 3)
 
 
 def render_scenes(scenes: Scenes, size: int | Size, window: Window | None = None) -> Tensor:
-    """Return pictures (B, 3, H, W) in [-1, 1] of the scenes at `size`, or a window of each.
+    """Return images (B, 3, H, W) in [-1, 1] of the scenes at `size`, or a window of each.
 
-    A window `(top, left, height, width)` equals the crop of the whole picture. Memory beyond the
+    A window `(top, left, height, width)` equals the crop of the whole image. Memory beyond the
     result is bounded: points are evaluated in blocks.
     """
     size = pixels.check_size(size)
@@ -385,19 +367,19 @@ def render_scenes(scenes: Scenes, size: int | Size, window: Window | None = None
     device = scenes.mood.device
     points = pixels.grid(size, window, device).flatten(0, 1)  # (N, 2)
     cell = pixels.cell(size, device)
-    picture = torch.empty(len(scenes), len(points), 3, device=device)
+    image = torch.empty(len(scenes), len(points), 3, device=device)
     group = max(1, _POINTS // len(points))
     for i in range(0, len(scenes), group):
         some = scenes[i : i + group]
         for j in range(0, len(points), _POINTS):
             block = points[j : j + _POINTS].expand(len(some), -1, 2)
             colours = scene_colors(some, block, cell.expand(len(some), 2))
-            picture[i : i + group, j : j + _POINTS] = colours
-    return picture.unflatten(1, window[2:]).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
+            image[i : i + group, j : j + _POINTS] = colours
+    return image.unflatten(1, window[2:]).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
 
 
 def _star_table() -> Tensor:
-    """Return (100, 3): the place in its square and the radius of one star per square of the sky."""
+    """Return (100, 3): place (y, x) and radius of one star in each square of the sky."""
     dy, dx, size = _uniform(7, torch.arange(100), 3).unbind(1)
     return torch.stack([0.2 + 0.6 * dy, 0.2 + 0.6 * dx, 0.016 * size.pow(1.5) + 1e-4], -1)
 

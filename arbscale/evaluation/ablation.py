@@ -1,15 +1,12 @@
 """What a transformer buys: denoisers of equal cost, trained and measured alike.
 
 Every contestant sees the same latents, batches, times and noise of a seed; costs are counted, not
-tuned. Each piece of work is a folder or a file named after all that it depends on, so that a
-stopped comparison goes on where it was, and a changed one repeats only what has changed.
+tuned. Each piece of work is a folder or a file named after all that it depends on, so a stopped
+comparison can be resumed, and a changed one repeats only what has changed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,13 +18,14 @@ from arbscale import presets, training
 from arbscale.data import open_dataset
 from arbscale.diffusion import denoising_loss
 from arbscale.evaluation.bench import images_per_second
-from arbscale.evaluation.features import extractor, fingerprint, reference_features
+from arbscale.evaluation.features import extractor, fingerprint
 from arbscale.evaluation.reports import header
 from arbscale.evaluation.resume import Partial
-from arbscale.evaluation.sets import BATCH, RealPictures
+from arbscale.evaluation.sets import BATCH, RealPictures, batch_starts
 from arbscale.metrics import frechet_distance, precision_recall
 from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.presets import Preset
+from arbscale.store import content_key
 from arbscale.training import Run
 
 FIRST_STAGES = {"scenes": ("scenes", "scenes"), "cats": ("photos-tiny", "afhq_cats")}
@@ -36,25 +34,12 @@ FIRST_STAGES = {"scenes": ("scenes", "scenes"), "cats": ("photos-tiny", "afhq_ca
 TIMES = 10  # steps at which the held-out loss is measured, evenly spaced
 SAMPLING_STEPS = 20
 
-_UNET = {
-    "denoiser": "unet",
-    "unet_channels": 64,
-    "unet_multipliers": (1, 2),
-    "unet_blocks": 1,
-    "unet_attention_levels": (1,),
-    "head_channels": 32,
-    "transformer_width": 160,
-    "transformer_blocks": 6,
-    "merge": 2,
-    "diffusion_batch": 16,
-    "diffusion_lr": 1e-3,
-}
-_MIXED = _UNET | {  # the second level and all of its attention made way for the transformer
-    "denoiser": "unet_transformer",
-    "unet_multipliers": (1,),
-    "unet_blocks": 2,
-    "unet_attention_levels": (),
-}
+_SHARED = {"unet_channels": 64, "head_channels": 32, "transformer_width": 160, "merge": 2}
+_SHARED |= {"transformer_blocks": 6, "diffusion_batch": 16, "diffusion_lr": 1e-3}
+_UNET = _SHARED | {"denoiser": "unet"}
+_UNET |= {"unet_multipliers": (1, 2), "unet_blocks": 1, "unet_attention_levels": (1,)}
+_MIXED = _SHARED | {"denoiser": "unet_transformer"}  # the transformer in place of the second level
+_MIXED |= {"unet_multipliers": (1,), "unet_blocks": 2, "unet_attention_levels": ()}
 _ALONE = _UNET | {"denoiser": "transformer"}
 
 CONTESTANTS: dict[str, dict] = {
@@ -62,18 +47,6 @@ CONTESTANTS: dict[str, dict] = {
     "unet_transformer": _MIXED,
     "transformer": _ALONE | {"transformer_width": 192, "transformer_blocks": 8},
     "transformer_light": _ALONE | {"transformer_blocks": 8},
-    # Variants of the second, as many multiply-adds each
-    "merged_by_1": _MIXED | {"merge": 1, "transformer_width": 96, "transformer_blocks": 3},
-    "merged_by_4": _MIXED | {"merge": 4, "transformer_width": 320},
-    "shallow": _MIXED | {"transformer_width": 224, "transformer_blocks": 3},
-    "deep": _MIXED | {"transformer_width": 128, "transformer_blocks": 9},
-    "below": _MIXED  # at half the latent's size, under a U-Net of two levels
-    | {"unet_multipliers": (1, 1), "unet_blocks": 1, "merge": 1, "transformer_blocks": 7},
-    # Other learning rates
-    "unet_slower": _UNET | {"diffusion_lr": 5e-4},
-    "unet_faster": _UNET | {"diffusion_lr": 2e-3},
-    "unet_transformer_slower": _MIXED | {"diffusion_lr": 5e-4},
-    "unet_transformer_faster": _MIXED | {"diffusion_lr": 2e-3},
 }
 """By name: the fields of a preset that make the denoiser and its training."""
 
@@ -83,14 +56,6 @@ COMPARISONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "scenes, equal compute": ("scenes", EQUAL_COMPUTE),
     "scenes, equal parameters": ("scenes", EQUAL_PARAMETERS),
     "cats, equal compute": ("cats", EQUAL_COMPUTE),
-    "variants": (
-        "scenes",
-        ("unet", "unet_transformer", "merged_by_1", "merged_by_4", "shallow", "deep", "below"),
-    ),
-    "learning rates": (
-        "scenes",
-        tuple(f"{name}{rate}" for name in EQUAL_COMPUTE[:2] for rate in ("", "_slower", "_faster")),
-    ),
 }
 """By title: the data, and the contestants of which the first is what the others are held against.
 
@@ -103,45 +68,39 @@ equal to the plain one in both.
 class Settings:
     """What a comparison is made with."""
 
-    comparisons: tuple[str, ...] = tuple(COMPARISONS)[:3]  # keys of COMPARISONS
+    comparisons: tuple[str, ...] = tuple(COMPARISONS)  # keys of COMPARISONS
     seeds: int = 3  # runs of each contestant
     steps: int = 500  # of each run
-    pool: int = 4096  # pictures that are encoded for a run
-    number: int = 256  # of pictures held out, of real ones and of generated ones, where there are
+    pool: int = 4096  # images that are encoded for a run
+    number: int = 256  # of images held out, of real ones and of generated ones, where there are
     features: str = "encoder"  # of the distances; see features.extractor
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be compared; ValueError says what is wanted."""
-        unknown = [name for name in self.comparisons if name not in COMPARISONS]
-        if unknown:
-            listed = "; ".join(COMPARISONS)
-            raise ValueError(f"no comparison {unknown[0]!r}; there are: {listed}")
-        if min(self.seeds, self.steps) < 1 or self.pool < 2:
-            raise ValueError(
-                "seeds and steps are at least 1 and the pool 2, got "
-                f"{self.seeds}, {self.steps} and {self.pool}"
-            )
+        """Raise ValueError for what cannot be compared."""
+        if unknown := [name for name in self.comparisons if name not in COMPARISONS]:
+            raise ValueError(f"no comparison {unknown[0]!r}; there are: {'; '.join(COMPARISONS)}")
+        if min(self.seeds, self.steps, self.pool - 1) < 1:
+            raise ValueError(f"seeds and steps are at least 1 and the pool 2, got {self}")
 
 
 def ablate(settings: Settings, partial: Partial) -> dict:
     """Train and measure every contestant; return a report that JSON can hold.
 
-    Its `results` are `costs` by data and contestant, `runs` (one a data set, contestant and seed),
-    and `floors`: the distance of held-out real pictures from the reference, by data.
+    Its `results` are `costs` by data and contestant, `runs` (one per data set, contestant and
+    seed), and `floors`: the distance of held-out real images from the reference, by data.
     """
-    wanted = {}  # each contestant once a data set, even where two comparisons share it
+    wanted = {}  # each contestant once per data set, even where two comparisons share it
     for title in settings.comparisons:
         data, names = COMPARISONS[title]
         wanted.setdefault(data, {}).update(dict.fromkeys(names))
     total = settings.seeds * sum(len(names) for names in wanted.values())
     arenas = {data: _Arena(data, settings, partial) for data in wanted}  # what lacks shows now
     costs, runs, floors = {}, [], {}
-    for data, names in wanted.items():
-        arena = arenas[data]
-        floors[data] = arena.floor()
-        costs[data] = {name: arena.cost(name) for name in names}
+    for data, arena in arenas.items():
+        floors[data] = arena.compare(arena.features(arena.held_out, "held out"))
+        costs[data] = {name: arena.cost(name) for name in wanted[data]}
         for seed in range(settings.seeds):  # a stopped comparison has whole rounds
-            for name in names:
+            for name in wanted[data]:
                 print(f"run {len(runs) + 1} of {total}: {data}, {name}, seed {seed}")
                 runs.append(arena.run(name, seed))
     protocol = {
@@ -154,18 +113,18 @@ def ablate(settings: Settings, partial: Partial) -> dict:
         "distance over": extractor(settings.features).label,
     }
     results = {"costs": costs, "runs": runs, "floors": floors}
-    model = next(iter(arenas.values())).base
-    return {**header(model, "ablate", protocol), "results": results}
+    return {**header(arenas[next(iter(arenas))].base, "ablate", protocol), "results": results}
 
 
 class _Arena:
-    """One data set's latents and pictures, where contestants meet."""
+    """One data set's latents and images, where contestants meet."""
 
     def __init__(self, data: str, settings: Settings, partial: Partial):
         self.data, self.settings, self.partial = data, settings, partial
         self.device = pick_device()
         shipped, name = FIRST_STAGES[data]
         self.base = ArbitraryScaleModel.load(shipped).to(self.device)
+        self.size = (self.base.preset.image_size,) * 2
         train, test = (open_dataset(name, split) for split in ("train", "test"))
         scenes = data == "scenes"
         self.source = training.scene_source() if scenes else training.whole_source(train)
@@ -173,8 +132,8 @@ class _Arena:
             RealPictures(images, min(settings.number, len(images))) for images in (train, test)
         )
         self.network = extractor(settings.features, self.device)
-        pictures = fingerprint(train), fingerprint(test)
-        self.key = training.fingerprint(self.base.first_stage, pictures)
+        facts = fingerprint(train), fingerprint(test)
+        self.key = content_key(*facts, module=self.base.first_stage)
 
     def preset(self, name: str) -> Preset:
         """Return a contestant's preset."""
@@ -192,14 +151,27 @@ class _Arena:
         facts = preset.to_dict(), self.key, settings.steps, settings.pool
         folder = f"{self.data}-{name}-{seed}-{_digest(*facts)}"
         piece = f"{folder}-{_digest(settings.number, settings.features, TIMES, SAMPLING_STEPS)}"
+
+        def measured() -> dict:
+            return self._measure(*self._train(preset, seed, folder), seed)
+
         told = {"data": self.data, "contestant": name, "seed": seed}
-        return told | self.partial.numbers(piece, lambda: self._run(preset, seed, folder))
+        return told | self.partial.numbers(piece, measured)
 
-    def floor(self) -> dict:
-        """Compare the held-out real pictures with the reference, as if they were generated."""
-        return self._compare(self._see(self.held_out, "held out"))
+    def compare(self, features: Tensor) -> dict:
+        """Return distance, precision and recall of generated images' features (N, D)."""
+        real = self.features(self.real, "reference")
+        precision, recall = precision_recall(features, real)
+        distance = frechet_distance(features, real)
+        return {"distance": distance, "precision": precision, "recall": recall}
 
-    def _run(self, preset: Preset, seed: int, folder: str) -> dict:
+    def features(self, images: RealPictures, what: str) -> Tensor:
+        """Return the features (N, D) of real images at the training size."""
+        return images.features(self.size, self.network, what)
+
+    def _train(
+        self, preset: Preset, seed: int, folder: str
+    ) -> tuple[ArbitraryScaleModel, list[float]]:
         torch.manual_seed(seed)
         model = ArbitraryScaleModel(preset).to(self.device)
         model.first_stage.load_state_dict(self.base.first_stage.state_dict())
@@ -211,38 +183,26 @@ class _Arena:
             sample_every=0,
             latents=self.partial.folder / f"latents-{self.data}-{seed}",
         )
-        settings = self.settings
-        losses = training.train_diffusion(
-            model, self.source, settings.steps, seed, settings.pool, run
-        )
-        model.eval()
-        z = [model.first_stage.encode(x) for x in self._pictures(self.held_out, "encoding")]
+        steps, pool = self.settings.steps, self.settings.pool
+        losses = training.train_diffusion(model, self.source, steps, seed, pool, run)
+        return model.eval(), losses
+
+    @torch.no_grad()
+    def _measure(self, model: ArbitraryScaleModel, losses: list[float], seed: int) -> dict:
+        z, features, n = [], [], self.settings.number
+        for start in batch_starts(self.held_out.count, "encoding"):
+            images = self.held_out.batch(start, self.size)
+            z.append(model.first_stage.encode(images.to(self.device)))
+        for start in batch_starts(n, "sampling"):
+            drawn = model.sample(min(BATCH, n - start), 100_000 * seed + start, SAMPLING_STEPS)
+            features.append(self.network(model.decode(drawn, self.size)))
         by_time = held_out_loss(model, torch.cat(z) * model.scale_factor)
-        generated = torch.cat([self.network(x) for x in _generated(model, settings.number, seed)])
         return {
             "training loss": sum(losses[-100:]) / len(losses[-100:]),
             "loss": sum(by_time) / TIMES,
             "losses": by_time,
-            **self._compare(generated),
+            **self.compare(torch.cat(features)),
         }
-
-    def _compare(self, features: Tensor) -> dict:
-        real = self._see(self.real, "reference")
-        precision, recall = precision_recall(features, real)
-        distance = frechet_distance(features, real)
-        return {"distance": distance, "precision": precision, "recall": recall}
-
-    def _see(self, real: RealPictures, what: str) -> Tensor:
-        """Return the features of real pictures, which are kept in the user's cache."""
-        side = self.base.preset.image_size
-        name = f"{real.kernel}, {side}x{side}, first {real.count}"
-        pictures = self._pictures(real, what)
-        return reference_features(name, real.images, self.network, lambda: pictures)
-
-    def _pictures(self, real: RealPictures, what: str) -> Iterator[Tensor]:
-        size = (self.base.preset.image_size,) * 2
-        for start in tqdm(range(0, real.count, BATCH), desc=what, unit="batch"):
-            yield real.batch(start, size).to(self.device)
 
 
 @torch.no_grad()
@@ -263,7 +223,7 @@ def held_out_loss(model: ArbitraryScaleModel, z0: Tensor, batch: int = 64) -> li
 
 
 def cost(preset: Preset, device: torch.device, seconds: float = 5.0) -> dict:
-    """Return parameters, multiply-adds a latent, and time and memory of a training step.
+    """Return parameters, multiply-adds per latent, and time and memory of a training step.
 
     Multiply-adds are those of matrix products, convolutions and attention, forward. Memory is what
     a step keeps for its backward pass, and the highest use as `bench` measures it.
@@ -272,8 +232,7 @@ def cost(preset: Preset, device: torch.device, seconds: float = 5.0) -> dict:
 
     shape = (preset.latent_channels, preset.latent_size, preset.latent_size)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        denoiser = presets.build_denoiser(preset)
-        denoiser(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long))
+        presets.build_denoiser(preset)(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long))
     denoiser = presets.build_denoiser(preset).to(device)
     optimiser = torch.optim.Adam(denoiser.parameters())
     z = torch.zeros(preset.diffusion_batch, *shape, device=device)
@@ -284,8 +243,7 @@ def cost(preset: Preset, device: torch.device, seconds: float = 5.0) -> dict:
         denoiser(z, t).square().mean().backward()
         optimiser.step()
 
-    kept: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in denoiser.parameters()}
+    kept: dict[int, int] = {}  # bytes by address
 
     def keep(x: Tensor) -> Tensor:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -293,29 +251,21 @@ def cost(preset: Preset, device: torch.device, seconds: float = 5.0) -> dict:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         output = denoiser(z, t)  # holds what is kept, so that no address is used twice
-    megabytes = sum(size for address, size in kept.items() if address not in own) / 1e6
+    for parameter in denoiser.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
     del output
     speed = images_per_second(step, preset.diffusion_batch, seconds, device)
     return {
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "multiply_adds": counter.get_total_flops() // 2,
         "milliseconds": 1000 * speed.seconds,
-        "kept_megabytes": megabytes,
+        "kept_megabytes": sum(kept.values()) / 1e6,
         "peak_megabytes": speed.peak_megabytes,
     }
 
 
-def _generated(model: ArbitraryScaleModel, n: int, seed: int) -> Iterator[Tensor]:
-    """Yield n pictures at the training size, (B, 3, H, W), a batch at a time."""
-    for start in tqdm(range(0, n, BATCH), desc="sampling", unit="batch"):
-        count, first = min(BATCH, n - start), 100_000 * seed + start
-        z = model.sample(count, first, SAMPLING_STEPS)
-        with torch.no_grad():
-            yield model.decode(z, model.preset.image_size)
-
-
 def _digest(*facts: object) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+    return content_key(*facts)[:8]
 
 
 def open_folder(folder: Path) -> Partial:

@@ -1,7 +1,8 @@
-"""Speed: images a second, end to end and for decoding alone, beside the usual forms in one run."""
+"""Speed: images per second, end to end and for decoding alone, beside the usual forms."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -16,7 +17,8 @@ from arbscale.evaluation.reports import header
 from arbscale.liif import LIIF
 from arbscale.model import ArbitraryScaleModel
 
-AGREEMENT = 1e-4  # largest difference of the two decoders' pictures
+CPU = torch.device("cpu")
+AGREEMENT = 1e-4  # largest difference of the two decoders' images
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Speed:
     """What `images_per_second` measured."""
 
     images_per_second: float  # at the median
-    seconds: float  # a call, median
+    seconds: float  # per call, median
     spread: float  # seconds between the first and the third quartile
     repeats: int  # calls that were timed
     peak_megabytes: float | None  # of memory: the device's allocator, or the process on Linux
@@ -34,32 +36,17 @@ def images_per_second(
     function: Callable[[], object],
     batch: int = 1,
     seconds: float = 1.0,
-    device: torch.device | None = None,
+    device: torch.device = CPU,
 ) -> Speed:
-    """Time a call that makes `batch` pictures, by `torch.utils.benchmark`.
+    """Time a call that makes `batch` images on a device, by `torch.utils.benchmark`.
 
     The first call warms up and is not counted; then calls are timed one by one until `seconds`
     have passed, at least one, with the GPU's queue emptied around each.
-
-    Parameters
-    ----------
-    function
-        Makes the pictures.
-    batch
-        Pictures a call.
-    seconds
-        Time to spend.
-    device
-        Where the work is done; None is the CPU.
-
     """
     timer = _timer_class()("f()", globals={"f": function}, num_threads=torch.get_num_threads())
-    device = device or torch.device("cpu")
     _reset_peak(device)
-    measured = timer.blocked_autorange(min_run_time=seconds)
-    return Speed(
-        batch / measured.median, measured.median, measured.iqr, len(measured.times), _peak(device)
-    )
+    found = timer.blocked_autorange(min_run_time=seconds)
+    return Speed(batch / found.median, found.median, found.iqr, len(found.times), _peak(device))
 
 
 @torch.no_grad()
@@ -74,10 +61,9 @@ def measure(
 
     Rows are named tasks: the model end to end; the same with the 200 DDIM steps of the published
     code, at the first size alone, for it does not depend on the size; decoding alone; and decoding
-    with the usual form of LIIF, whose picture is checked against ours (RuntimeError). Last come
-    both forms of a LIIF as large as the paper's.
+    with the usual form of LIIF, whose image is checked against ours (RuntimeError). Last come both
+    forms of a LIIF as large as the paper's.
     """
-    sizes = [check_size(size) for size in sizes]
     rows = []
 
     def time(size: Size, tasks: dict[str, Callable[[], Tensor]]) -> None:
@@ -85,14 +71,11 @@ def measure(
             speed = images_per_second(task, batch, seconds, model.device)
             rows.append({"size": list(size), "task": name, **asdict(speed)})
 
-    for i, size in enumerate(sizes):
-        tasks = _decoders(model, size, batch)
-        tasks[f"end to end, dpm_solver_pp, {steps} steps"] = _whole(
-            model, size, batch, steps, "dpm_solver_pp"
-        )
-        if i == 0:
-            tasks["end to end, ddim, 200 steps"] = _whole(model, size, batch, 200, "ddim")
-        time(size, tasks)
+    for i, size in enumerate(map(check_size, sizes)):
+        time(size, _decoders(model, size, batch))
+        for sampler, n in [("dpm_solver_pp", steps), ("ddim", 200)][: 2 if i == 0 else 1]:
+            whole = _whole(model, size, batch, n, sampler)
+            time(size, {f"end to end, {sampler}, {n} steps": whole})
     time((256, 256), _paper_liif(batch, model.device))
     protocol = {
         "batch": batch,
@@ -107,11 +90,10 @@ def measure(
 def _whole(
     model: ArbitraryScaleModel, size: Size, batch: int, steps: int, sampler: str
 ) -> Callable[[], Tensor]:
-    """Return a call that makes `batch` pictures from nothing, or from small photographs."""
+    """Return a call that makes `batch` images from nothing, or from small photographs."""
     if not model.preset.low_size:
         return lambda: model.generate(batch, size, 0, steps, sampler)
-    side = model.preset.low_size
-    low = torch.rand((batch, 3, side, side), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    low = _seeded(torch.rand, batch, 3, model.preset.low_size, model.preset.low_size) * 2 - 1
     return lambda: model.upscale(low, size=size, steps=steps, sampler=sampler)
 
 
@@ -119,13 +101,12 @@ def _decoders(
     model: ArbitraryScaleModel, size: Size, batch: int
 ) -> dict[str, Callable[[], Tensor]]:
     """Return calls that decode the same latents, by name."""
-    shape = (batch, model.preset.latent_channels, *model.latent_grid(size))
-    z = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device)
+    grid_size, channels = model.latent_grid(size), model.preset.latent_channels
+    z = _seeded(torch.randn, batch, channels, *grid_size).to(model.device)
     stage = model.first_stage
 
     def naive() -> Tensor:
-        features = stage.features(z)
-        return torch.cat([naive_render(stage.liif, x[None], size) for x in features])
+        return _naive(stage.liif, stage.features(z), size)
 
     tasks = {"decoding alone": lambda: stage.decode(z, size)}
     if model.preset.local_ensemble and model.preset.cell_decode:  # what the usual form has
@@ -137,16 +118,20 @@ def _decoders(
 
 def _paper_liif(batch: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:
     """Return calls that render 256 x 256 from 64 x 64 x 128 features with four layers of 256."""
-    liif = LIIF(128, (256,) * 4).to(device)
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn((batch, 128, 64, 64), generator=generator).to(device)
-    size = (256, 256)
+    liif, size = LIIF(128, (256,) * 4).to(device), (256, 256)
+    features = _seeded(torch.randn, batch, 128, 64, 64).to(device)
     return {
         "render, LIIF of the paper": lambda: liif.render(features, size),
-        "render, LIIF of the paper, usual form": lambda: torch.cat(
-            [naive_render(liif, x[None], size) for x in features]
-        ),
+        "render, LIIF of the paper, usual form": lambda: _naive(liif, features, size),
     }
+
+
+def _seeded(draw: Callable[..., Tensor], *shape: int) -> Tensor:
+    return draw(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _naive(liif: LIIF, features: Tensor, size: Size) -> Tensor:
+    return torch.cat([naive_render(liif, x[None], size) for x in features])
 
 
 def naive_render(liif: LIIF, features: Tensor, size: tuple[int, int]) -> Tensor:
@@ -191,12 +176,9 @@ def _timer_class() -> type:
 def _reset_peak(device: torch.device) -> None:
     """Forget the highest memory use so far, where the system can."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
+        return torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
-    except OSError:
-        pass
 
 
 def _peak(device: torch.device) -> float | None:

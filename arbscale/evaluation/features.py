@@ -1,13 +1,12 @@
-"""Networks that turn pictures into features, and the features of reference sets kept on disk.
+"""Networks that turn images into features, and the features of reference sets kept on disk.
 
 A distance over features is a statement about a network, so an `Extractor` carries its name. Two of
-them, Inception and VGG-16, are the ones of published numbers and are downloaded by torch-fidelity.
-The two others are at hand without a network connection, and what is measured with them is no FID.
+them, Inception and VGG-16, are those of published numbers and are downloaded by torch-fidelity. The
+other two need no network connection, and what is measured with them is not an FID.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,39 +17,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arbscale.data import resize, to_uint8
+from arbscale.evaluation.resume import kept_tensors
+from arbscale.store import content_key
 
 ENCODER = "photos-tiny"
 """The shipped model whose encoder serves as an extractor, for every model that is measured."""
 
 CHUNK = (64, 4)
-"""Pictures at once, on a GPU and on a CPU, whose cache more would leave."""
+"""Images at once on a GPU, and on a CPU, whose cache holds no more."""
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """Pictures (B, 3, H, W) in [-1, 1] -> features (B, D), float32 on the CPU.
+    """Images (B, 3, H, W) in [-1, 1] -> features (B, D), float32 on the CPU.
 
     `label` says which numbers of which network they are, `key` tells two sets of weights apart.
-    Pictures are rounded to 8 bits first, as a file would hold them.
+    Images are rounded to 8 bits first, as a file would hold them.
     """
 
     name: str
     label: str
     dimensions: int
     key: str
-    network: Callable[[Tensor], Tensor]
+    network: Callable[[Tensor], Tensor]  # takes 8-bit images
     device: torch.device = torch.device("cpu")
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the features; ValueError for what is no batch of pictures."""
+        """Return the features; ValueError for what is not a batch of images."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(
-                f"expected float pictures (B, 3, H, W) in [-1, 1], got {images.dtype} "
-                f"{tuple(images.shape)}"
-            )
+            raise ValueError(f"expected float (B, 3, H, W), got {images.dtype} {images.shape}")
         if images.isnan().any():
-            raise ValueError("expected numbers in [-1, 1], got NaN; look where they came from")
+            raise ValueError("expected numbers in [-1, 1], got NaN")
         few = to_uint8(images).split(CHUNK[self.device.type == "cpu"])
         return torch.cat([self.network(x.to(self.device)).float().cpu() for x in few])
 
@@ -62,19 +60,14 @@ def extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
     torch-fidelity's; "encoder" (the shipped encoder of `ENCODER`) and "alexnet" (torchvision's) are
     for machines that have neither. FileNotFoundError where weights are missing says what to do.
     """
-    makers = {
-        "encoder": _encoder,
-        "alexnet": _alexnet,
-        "inception": lambda d: _fidelity("inception", "inception-v3-compat", "2048", d),
-        "vgg16": lambda d: _fidelity("vgg16", "vgg16", "fc2_relu", d),
-    }
+    makers = {"encoder": _encoder, "alexnet": _alexnet, "inception": _fidelity, "vgg16": _fidelity}
     if name not in makers:
         raise ValueError(f"unknown features {name!r}; take one of {', '.join(makers)}")
-    return makers[name](torch.device(device))
+    return makers[name](name, torch.device(device))
 
 
-def _encoder(device: torch.device) -> Extractor:
-    """Average what the last convolution sees over the four quarters of a picture of 128 px."""
+def _encoder(name: str, device: torch.device) -> Extractor:
+    """Average what the last convolution sees over the four quarters of an image of 128 px."""
     from arbscale.model import ArbitraryScaleModel
 
     model = ArbitraryScaleModel.load(ENCODER)
@@ -90,18 +83,16 @@ def _encoder(device: torch.device) -> Extractor:
         return F.adaptive_avg_pool2d(found[0], 2).flatten(1)  # (B, C, 2, 2) -> (B, 4 C)
 
     width = 4 * encoder.norm.num_channels
-    label = (
-        f"{ENCODER}'s encoder at 128 px, normalised middle activations, means over the quarters, "
-        f"{width} numbers"
-    )
-    return Extractor("encoder", label, width, _digest(model.manifest["files"]), network, device)
+    label = f"{ENCODER}'s encoder at 128 px, normalised middle activations, means over the quarters"
+    label, key = f"{label}, {width} numbers", content_key(model.manifest["files"])
+    return Extractor(name, label, width, key, network, device)
 
 
-def _alexnet(device: torch.device) -> Extractor:
-    """Average the activations after the last convolution over a picture of 224 px."""
+def _alexnet(name: str, device: torch.device) -> Extractor:
+    """Average the activations after the last convolution over an image of 224 px."""
     import torchvision
 
-    state = backbone_state("alexnet")
+    state = backbone_state(name)
     layers = torchvision.models.alexnet().features[:12]  # up to the last ReLU
     layers.load_state_dict({k.removeprefix("features."): v for k, v in state.items()})
     layers = layers.eval().to(device)
@@ -112,36 +103,27 @@ def _alexnet(device: torch.device) -> Extractor:
         images = resize(levels.float() / 127.5 - 1, 224) / 2 + 0.5  # in [0, 1]
         return layers((images - mean) / std).mean(dim=(2, 3))  # (B, 256)
 
-    label = "AlexNet (ImageNet) at 224 px, last convolution, means over the picture, 256 numbers"
-    key = _digest({k: float(v.double().sum()) for k, v in state.items()})
-    return Extractor("alexnet", label, 256, key, network, device)
+    label = "AlexNet (ImageNet) at 224 px, last convolution, means over the image, 256 numbers"
+    return Extractor(name, label, 256, content_key(module=layers), network, device)
 
 
-def _fidelity(name: str, registered: str, layer: str, device: torch.device) -> Extractor:
+def _fidelity(name: str, device: torch.device) -> Extractor:
     """Take one layer of an extractor that torch-fidelity has registered."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     from torch_fidelity.utils import create_feature_extractor
     from torchvision.models import VGG16_Weights
 
-    urls = {"inception": URL_INCEPTION_V3, "vgg16": VGG16_Weights.IMAGENET1K_V1.url}
-    try:
-        # torch-fidelity unpickles the file as it is: see first that it holds tensors alone.
-        torch.hub.load_state_dict_from_url(urls[name], map_location="cpu", weights_only=True)
-        network = create_feature_extractor(registered, [layer], cuda=False, verbose=False)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"the weights of {name} are neither in {_checkpoints()} nor to be downloaded ({error})."
-            " Run this once where there is a network and copy that folder, or measure over features"
-            " that are at hand, which are no FID: --features encoder, or --features alexnet"
-        ) from error
-    network = network.to(device)
-    sizes = {"inception": 2048, "vgg16": 4096}
-    labels = {
-        "inception": "Inception-v3 (2015-12-05) of torch-fidelity, pool 3, 2048 numbers",
-        "vgg16": "VGG-16 of torch-fidelity, fc2 after its ReLU, 4096 numbers",
-    }
+    if name == "inception":
+        registered, layer, width, url = "inception-v3-compat", "2048", 2048, URL_INCEPTION_V3
+        label = "Inception-v3 (2015-12-05) of torch-fidelity, pool 3, 2048 numbers"
+    else:
+        registered, layer, width, url = name, "fc2_relu", 4096, VGG16_Weights.IMAGENET1K_V1.url
+        label = "VGG-16 of torch-fidelity, fc2 after its ReLU, 4096 numbers"
+    # torch-fidelity unpickles the file as it is: see first that it holds tensors alone.
+    _download(url, "measure with --features encoder or alexnet, which is not an FID")
+    network = create_feature_extractor(registered, [layer], cuda=False, verbose=False).to(device)
     key = f"torch-fidelity {registered} {layer}"
-    return Extractor(name, labels[name], sizes[name], key, lambda x: network(x)[0], device)
+    return Extractor(name, label, width, key, lambda x: network(x)[0], device)
 
 
 def backbone_file(name: str) -> Path | None:
@@ -152,8 +134,8 @@ def backbone_file(name: str) -> Path | None:
     folders = [_checkpoints()]
     if own := os.environ.get("ARBSCALE_WEIGHTS"):
         folders.append(Path(own).expanduser())
+    stem = {"alexnet": "alexnet-owt"}.get(name, name)
     for folder in folders:
-        stem = {"alexnet": "alexnet-owt"}.get(name, name)
         for path in (*sorted(folder.glob(f"{stem}-*.pth")), folder / f"{name}_features.pth"):
             if path.is_file():
                 return path
@@ -172,23 +154,31 @@ def backbone_state(name: str) -> dict[str, Tensor]:
         from torchvision import models
 
         kinds = {"alexnet": models.AlexNet_Weights, "squeezenet1_1": models.SqueezeNet1_1_Weights}
-        options = {"map_location": "cpu", "check_hash": True, "weights_only": True}
-        try:
-            url = kinds[name].IMAGENET1K_V1.url
-            state = torch.hub.load_state_dict_from_url(url, **options)
-        except OSError as error:
-            raise FileNotFoundError(
-                f"{name}'s ImageNet weights are neither in {_checkpoints()} nor in the folder that "
-                f"ARBSCALE_WEIGHTS names, and cannot be downloaded ({error}); run this once where "
-                f"there is a network, or put {name}_features.pth into that folder"
-            ) from error
+        mend = f"put {name}_features.pth into the folder that ARBSCALE_WEIGHTS names"
+        state = _download(kinds[name].IMAGENET1K_V1.url, mend, check_hash=True)
     return {k: v for k, v in state.items() if k.startswith("features.")}
+
+
+def _download(url: str, mend: str, **options: bool) -> dict[str, Tensor]:
+    """Return weights from torch hub's cache, or downloaded there; FileNotFoundError offline."""
+    try:
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", weights_only=True, **options
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{url} is neither in {_checkpoints()} nor can it be downloaded ({error}); run this "
+            f"once where there is a network and copy that folder, or {mend}"
+        ) from error
+
+
+def _checkpoints() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def cache_folder() -> Path:
     """Return where features are kept: ARBSCALE_CACHE, or `arbscale` in the user's cache folder."""
-    own = os.environ.get("ARBSCALE_CACHE")
-    if own:
+    if own := os.environ.get("ARBSCALE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "arbscale"
 
@@ -198,48 +188,24 @@ def reference_features(
 ) -> Tensor:
     """Return the features (N, D) of a reference set, computed once and then read from disk.
 
-    Parameters
-    ----------
-    name
-        What was done to the pictures: size and resize kernel.
-    images
-        The pictures' source; `fingerprint` tells one source from another.
-    network
-        The extractor.
-    batches
-        Gives the pictures (B, 3, H, W), as they are to be seen; called where nothing is kept yet.
-
+    `images` is the source, which `fingerprint` tells from another; `name` says what was done to
+    them: size and resize kernel. `batches()` gives the images (B, 3, H, W) as they are to be seen;
+    it is called where nothing is kept yet.
     """
-    from safetensors.torch import load_file, save_file
-
-    key = _digest([name, fingerprint(images), network.name, network.label, network.key])
+    key = content_key(name, fingerprint(images), network.name, network.label, network.key)
     path = cache_folder() / "features" / f"{key[:32]}.safetensors"
-    if path.is_file():
-        return load_file(path)["features"]
-    features = torch.cat([network(group) for group in batches()])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(f".{os.getpid()}")
-    save_file({"features": features}, whole)
-    whole.replace(path)
-    return features
+    found = kept_tensors(path, lambda: {"features": torch.cat([network(x) for x in batches()])})
+    return found["features"]
 
 
 def fingerprint(images: Sequence[Tensor]) -> str:
-    """Return what tells a set of pictures from another: files by name, length and time of change.
+    """Return what tells a set of images from another: files by name, length and time of change.
 
     Scenes go by seed and place in their sequence, tensors by their numbers.
     """
     if hasattr(images, "paths"):
         stats = [(p.relative_to(images.root).as_posix(), p.stat()) for p in images.paths]
-        return _digest([(name, s.st_size, s.st_mtime_ns) for name, s in stats])
+        return content_key([(name, s.st_size, s.st_mtime_ns) for name, s in stats])
     if hasattr(images, "first"):
-        return _digest(["scenes", images.seed, images.first, images.count])
-    return _digest([hashlib.sha256(to_uint8(x).numpy().tobytes()).hexdigest() for x in images])
-
-
-def _digest(description: object) -> str:
-    return hashlib.sha256(repr(description).encode()).hexdigest()
-
-
-def _checkpoints() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints"
+        return content_key("scenes", images.seed, images.first, images.count)
+    return content_key([content_key(to_uint8(x).numpy().tobytes().hex()) for x in images])

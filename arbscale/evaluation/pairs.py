@@ -1,10 +1,10 @@
-"""Scores of pictures against their truth: reconstruction and up-sampling, beside the baselines."""
+"""Scores of images against their ground truth: reconstruction and upscaling, with baselines."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -16,34 +16,26 @@ from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
 from arbscale.evaluation.protocols import Protocol, eight_bits
 from arbscale.evaluation.resume import Partial
 from arbscale.model import ArbitraryScaleModel
+from arbscale.samplers import Sampling
 from arbscale.tiles import Tile, back_project
 
 Rows = dict[str, Tensor]
-"""Pictures by method, all of one size (1, 3, H, W); "truth" is the reference."""
+"""Images by method, all of one size (1, 3, H, W); "truth" is the reference."""
 
 OWN = "bicubic of own training-size output"
 HALF = "bicubic of own output at half the size"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How latents are drawn."""
-
-    sampler: str = "dpm_solver_pp"
-    steps: int = 20
-    seed: int = 0
 
 
 @torch.no_grad()
 def reconstruction_rows(
     model: ArbitraryScaleModel, images: Sequence[Tensor], index: int, scale: float, rule: Protocol
 ) -> Rows:
-    """Encode a small picture and render it `scale` times larger.
+    """Encode a small image and render it `scale` times larger.
 
     Scenes are encoded at the training size, and the truth is the scene itself at the larger size.
-    Of a photograph the small picture is the reduction that the protocol asks for, cropped to whole
-    latent pixels. The baselines enlarge the small picture; the model's own output at the small
-    size, which is all that a fixed-size decoder offers; and from x4 on its output at half the size.
+    Of a photograph the small image is the reduction that the protocol asks for, cropped to whole
+    latent pixels. The baselines enlarge the small image; the model's own output at the small size,
+    which is all that a fixed-size decoder offers; and from x4 on its output at half the size.
     """
     if isinstance(images, ContinuousScenes):
         low, high = _scene_pair(images, index, model.preset.image_size, scale, rule)
@@ -58,7 +50,7 @@ def reconstruction_rows(
     rows = {"bicubic": low[None], OWN: eight_bits(render(tuple(low.shape[-2:])))}
     if scale >= 4:
         rows[HALF] = eight_bits(render(scaled_size(size, 0.5)))
-    enlarged = {method: resize(picture, size) for method, picture in rows.items()}
+    enlarged = {method: resize(image, size) for method, image in rows.items()}
     return {"truth": high[None], **enlarged, "ours (first stage)": render(size)}
 
 
@@ -68,8 +60,7 @@ def _scene_pair(
     """Return a scene at the training size and at `scale` times it, both exact."""
     if rule.low_size:
         raise ValueError(
-            f"{rule.name} fixes the low size, and scenes are encoded at the training size; take "
-            "the protocol whole, benchmark or div2k"
+            f"{rule.name} fixes the low size, which scenes lack; take whole, benchmark or div2k"
         )
     scene = sample_scenes(1, scenes.seed, scenes.first + index)
     size = scaled_size((side, side), scale)
@@ -84,7 +75,7 @@ def _whole_latents(
     size = tuple(n // factor * factor for n in low.shape[-2:])
     if min(size) == 0:
         raise ValueError(
-            f"a picture of {low.shape[-2]} x {low.shape[-1]} is smaller than a latent pixel of "
+            f"an image of {low.shape[-2]} x {low.shape[-1]} is smaller than a latent pixel of "
             f"{factor} px; take a smaller scale"
         )
     rows, columns = scaled_size(size, scale)
@@ -117,32 +108,28 @@ def upscaling_rows(
 
     encodings = ((span, encoded(span)) for span in model.tiles(low.shape[-2:]))
     bicubic = resize(low, size)
-    ours = model.upscale(
-        low, size=size, seed=sampling.seed, steps=sampling.steps, sampler=sampling.sampler
-    )
     return {
         "truth": high[None],
         "bicubic": bicubic[None],
         "bicubic, back-projected": back_project(bicubic, low).clamp(-1, 1)[None],
-        "ours": ours[None],
+        "ours": model.upscale(low, size=size, **asdict(sampling))[None],
         "first stage (ceiling)": model.paint(low, size, encodings)[None],
     }
 
 
 def score(rows: Rows, space: str, border: int, with_lpips: bool) -> dict[str, dict[str, float]]:
     """Compare each method with the truth."""
-    truth = rows["truth"]
-    measures: dict[str, Callable[[Tensor], float]] = {
-        "psnr": lambda x: metrics.psnr(x, truth, space, border),
-        "ssim": lambda x: metrics.ssim(x, truth, space, border),
-    }
-    if with_lpips:
-        measures["lpips"] = lambda x: metrics.lpips(eight_bits(x), eight_bits(truth))
-    return {
-        method: {name: measure(picture) for name, measure in measures.items()}
-        for method, picture in rows.items()
-        if method != "truth"
-    }
+    truth, scores = rows["truth"], {}
+    for method, image in rows.items():
+        if method == "truth":
+            continue
+        scores[method] = {
+            "psnr": metrics.psnr(image, truth, space, border),
+            "ssim": metrics.ssim(image, truth, space, border),
+        }
+        if with_lpips:
+            scores[method]["lpips"] = metrics.lpips(eight_bits(image), eight_bits(truth))
+    return scores
 
 
 def evaluate_pairs(
@@ -153,23 +140,23 @@ def evaluate_pairs(
     partial: Partial,
     with_lpips: bool,
 ) -> dict[str, dict]:
-    """Score `rows(index, scale)` for the first n pictures at each scale.
+    """Score `rows(index, scale)` for the first n images at each scale.
 
-    Returns, by scale and method, the mean of each metric. Finished pictures are kept in `partial`.
+    Returns, by scale and method, the mean of each metric. Finished images are kept in `partial`.
     """
+
+    def scored(index: int, scale: float) -> dict[str, dict[str, float]]:
+        return score(rows(index, scale), rule.space, rule.border(scale), with_lpips)
+
     results: dict[str, dict] = {}
     for scale in scales:
-        scored = []
-        for i in tqdm(range(n), desc=f"x{scale:g}", unit="picture"):
-            scored.append(
-                partial.numbers(
-                    f"x{scale:g}-{i:06d}",
-                    lambda i=i, s=scale: score(rows(i, s), rule.space, rule.border(s), with_lpips),
-                )
-            )
+        scores = [
+            partial.numbers(f"x{scale:g}-{i:06d}", lambda i=i, s=scale: scored(i, s))
+            for i in tqdm(range(n), desc=f"x{scale:g}", unit="image")
+        ]
         results[f"{scale:g}"] = {
-            method: {name: sum(s[method][name] for s in scored) / n for name in values}
-            for method, values in scored[0].items()
+            method: {name: sum(s[method][name] for s in scores) / n for name in values}
+            for method, values in scores[0].items()
         }
     return results
 
@@ -191,6 +178,6 @@ def pair_protocol(
     choices = {"pictures": n, **rule.describe()}
     if task == "reconstruct" and isinstance(images, ContinuousScenes):
         choices["low"] = "exact rendering at the training size, 8 bits; the truth is exact too"
-    choices["lpips"] = "v0.1, AlexNet, whole pictures, 8 bits" if lpips else None
+    choices["lpips"] = "v0.1, AlexNet, whole images, 8 bits" if lpips else None
     choices["sampling"] = asdict(sampling) if task == "upscale" else None
     return choices

@@ -14,15 +14,15 @@ from arbscale.data import low_high_pair, random_crop, resize, to_uint8
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a photograph becomes a low and a high picture, and how two pictures are compared.
+    """How a photograph becomes a low and a high image, and how two images are compared.
 
-    The low picture is always the antialiased bicubic reduction (PIL, a = -0.5), rounded to 8 bits.
+    The low image is always the antialiased bicubic reduction (PIL, a = -0.5), rounded to 8 bits.
     """
 
     name: str
     space: str  # of PSNR and SSIM: "rgb" or "y"
     shave: int | None  # border left out beyond the scale rounded up, in pixels; None: no border
-    low_size: int | None = None  # side of the low picture where it is fixed
+    low_size: int | None = None  # side of the low image where it is fixed
     crop: bool = False  # a fixed low size comes from a random crop, not from the whole square
 
     def border(self, scale: float) -> int:
@@ -30,7 +30,7 @@ class Protocol:
         return 0 if self.shave is None else math.ceil(scale) + self.shave
 
     def pair(self, image: Tensor, scale: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Return the low and the high picture of a photograph (3, H, W).
+        """Return the low and the high image of a photograph (3, H, W).
 
         Whole photographs lose their last rows and columns, so that the high size is the scale times
         the low one, rounded. With a fixed low size the photograph is cropped to a centred square
@@ -43,7 +43,7 @@ class Protocol:
         side = scaled_size((self.low_size,) * 2, scale)[0]
         if min(image.shape[-2:]) < side:
             raise ValueError(
-                f"{self.name} at x{scale:g} needs pictures of {side} px or more, got "
+                f"{self.name} at x{scale:g} needs images of {side} px or more, got "
                 f"{image.shape[-2]} x {image.shape[-1]}; take larger ones or a smaller scale"
             )
         if self.crop:
@@ -56,24 +56,21 @@ class Protocol:
         """Return the choices as JSON can hold them."""
         return {
             **asdict(self),
-            "crop": "at random, seeded by the picture's number" if self.crop else None,
+            "crop": "at random, seeded by the image's number" if self.crop else None,
             "low": "antialiased bicubic (PIL, a = -0.5), 8 bits",
             "psnr and ssim": "8 bits, mean of per-image values",
         }
 
 
-PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol("whole", "rgb", None),
-        Protocol("benchmark", "y", 0),
-        Protocol("div2k", "rgb", 6),
-        Protocol("paper_faces", "rgb", None, low_size=16),
-        Protocol("faces_64", "rgb", None, low_size=64),
-        Protocol("paper_div2k", "rgb", None, low_size=48, crop=True),
-    )
-}
-"""Whole pictures in RGB; Set5 and its like; DIV2K; faces, the paper's and ours; DIV2K crops."""
+_ALL = (
+    Protocol("whole", "rgb", None),
+    Protocol("benchmark", "y", 0),  # Set5 and its like
+    Protocol("div2k", "rgb", 6),
+    Protocol("paper_faces", "rgb", None, low_size=16),
+    Protocol("faces_64", "rgb", None, low_size=64),
+    Protocol("paper_div2k", "rgb", None, low_size=48, crop=True),
+)
+PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 
 
 def get_protocol(name: str) -> Protocol:
@@ -84,7 +81,7 @@ def get_protocol(name: str) -> Protocol:
 
 
 def eight_bits(image: Tensor) -> Tensor:
-    """Round a picture in [-1, 1] to 8 bits, as a file would."""
+    """Round an image in [-1, 1] to 8 bits, as a file would."""
     return to_uint8(image).float() / 127.5 - 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import statistics
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import torch
 
+from arbscale import store
 from arbscale.model import ArbitraryScaleModel
-from arbscale.store import MANIFEST
 
 LIBRARIES = ("arbscale", "torch", "torchvision", "numpy", "scikit-image", "lpips", "torch-fidelity")
-TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
-DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4}
+METRICS = {"psnr": ("PSNR (dB)", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f")}
+SCORES = ("distance", "precision", "recall")
 COMPARED = "Denoisers with and without a transformer"
 TITLE = """# Results
 
@@ -27,12 +28,16 @@ UNALIGNED = "unaligned"  # folder beside a report: the same of the weights befor
 
 def header(model: ArbitraryScaleModel, task: str, protocol: dict) -> dict:
     """Return what every report starts with: model, protocol, versions, machine and command."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "task": task,
         "model": model.manifest.get("name", model.preset.name),
         "weights": [entry["sha256"] for entry in model.manifest.get("files", [])],
         "protocol": protocol,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions,
         "machine": {
             "device": model.device.type,
             "threads": torch.get_num_threads(),
@@ -44,25 +49,18 @@ def header(model: ArbitraryScaleModel, task: str, protocol: dict) -> dict:
 
 def write(report: dict, path: Path) -> None:
     """Write a report as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    store.write_text(path, json.dumps(report, indent=2) + "\n")
 
 
 def read(path: Path) -> dict:
-    """Read a report; FileNotFoundError or ValueError for what is none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no report {path}; check the path")
+    """Read a report; FileNotFoundError, or ValueError for another file."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         if {"task", "model", "protocol", "results"} <= set(report):
             return report
     except (ValueError, TypeError):
         pass
-    raise ValueError(
-        f"{path} is no report of `python -m arbscale evaluate`, `bench` or `ablate`; write it again"
-    )
+    raise ValueError(f"{path} is not a report of evaluate, bench or ablate")
 
 
 def read_with_unaligned(path: Path) -> dict:
@@ -79,9 +77,9 @@ def read_with_unaligned(path: Path) -> dict:
     name = "ours, before the alignment"
     if report["task"] == "generate":
         rows = report["results"]["rows"]
-        for row in [row for row in before["results"]["rows"] if row["method"] == "ours"]:
-            of_size = [i for i, other in enumerate(rows) if other["size"] == row["size"]]
-            rows.insert(of_size[-1] + 1, {**row, "method": name})
+        rows += [x | {"method": name} for x in before["results"]["rows"] if x["method"] == "ours"]
+        sizes = list(dict.fromkeys(tuple(row["size"]) for row in rows))
+        rows.sort(key=lambda row: sizes.index(tuple(row["size"])))  # after the others of its size
     else:
         for scale, methods in report["results"].items():
             methods[name] = before["results"][scale]["ours"]
@@ -94,18 +92,15 @@ def document(paths: Iterable[Path]) -> str:
     A folder stands for all reports in it and below. Models come in the order of their first report,
     comparisons of denoisers after them.
     """
-    files = [file for path in paths for file in (_below(path) if path.is_dir() else [path])]
-    reports = [read_with_unaligned(file) for file in files]
+    files: list[Path] = []
+    for path in paths:
+        files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    files = [x for x in files if x.name != store.MANIFEST and x.parent.name != UNALIGNED]
     sections: dict[str, list[str]] = {}
-    for report in sorted(reports, key=lambda report: report["task"] == "ablate"):
+    for report in sorted(map(read_with_unaligned, files), key=lambda x: x["task"] == "ablate"):
         name = COMPARED if report["task"] == "ablate" else report["model"]
         sections.setdefault(name, [f"## {name}"]).append(table(report))
     return "\n\n".join([TITLE, *(part for parts in sections.values() for part in parts)])
-
-
-def _below(folder: Path) -> list[Path]:
-    found = sorted(folder.rglob("*.json"))
-    return [x for x in found if x.name != MANIFEST and x.parent.name != UNALIGNED]
 
 
 def table(report: dict) -> str:
@@ -132,73 +127,58 @@ def _caption(report: dict) -> str:
 
 
 def _pairs(report: dict) -> list[str]:
-    """One row a scale and method."""
-    names = [name for name in TITLES if name != "lpips" or report["protocol"]["lpips"]]
-    rows = []
-    for scale, methods in report["results"].items():
-        for method, values in methods.items():
-            rows.append(
-                [f"x{scale}", method, *(f"{values[name]:.{DIGITS[name]}f}" for name in names)]
-            )
-    return _markdown(["scale", "method", *(TITLES[name] for name in names)], rows)
+    """One row per scale and method."""
+    names = [name for name in METRICS if name != "lpips" or report["protocol"]["lpips"]]
+    rows = [
+        [f"x{scale}", method, *(format(values[name], METRICS[name][1]) for name in names)]
+        for scale, methods in report["results"].items()
+        for method, values in methods.items()
+    ]
+    return _markdown(["scale", "method", *(METRICS[name][0] for name in names)], rows)
 
 
 def _generation(report: dict) -> list[str]:
-    """Distances by size and method; then SelfSSIM's matrices and the patches."""
+    """Distances by size and method; then SelfSSIM's matrices, the patches, and the neighbours."""
     protocol, results = report["protocol"], report["results"]
-    distance = distance_title(protocol["features"])
+    inception = protocol["features"] == "inception"  # FID is over these features only
+    title = "FID" if inception else f"Fréchet distance, {protocol['features']} features"
     rows = [
         [
             _spell(row["size"]),
             row["method"],
-            str(row["pictures"]),
+            row["pictures"],
             f"{row['distance']:.4g} ± {row['distance_pm']:.2g}",
-            f"{row['precision']:.3f} ± {row['precision_pm']:.3f}",
-            f"{row['recall']:.3f} ± {row['recall_pm']:.3f}",
+            *(f"{row[name]:.3f} ± {row[name + '_pm']:.3f}" for name in SCORES[1:]),
         ]
         for row in results["rows"]
     ]
+    over, neighbours = protocol["distance over"], protocol["precision and recall over"]
+    networks = f"Distance over {over}; precision and recall over {neighbours}"
+    if neighbours.startswith(over):
+        networks = f"Distance, precision and recall over {neighbours}"
     lines = [
-        f"{_networks(protocol)}; against {protocol['reference']} real images "
-        f"({protocol['real pictures']}); ± is {protocol['interval']}.",
+        f"{networks}; against {protocol['reference']} real images ({protocol['real pictures']}); "
+        f"± is {protocol['interval']}.",
         "",
-        *_markdown(["size", "method", "images", distance, "precision", "recall"], rows),
+        *_markdown(["size", "method", "images", title, "precision", "recall"], rows),
     ]
     if consistency := results["self_ssim"]:
         lines += ["", *_matrices(consistency)]
     if patches := results["patches"]:
-        kind = "Patch FID" if distance == "FID" else f"Patch distance ({distance}; not an FID)"
+        kind = "Patch FID" if inception else f"Patch distance ({title}; not an FID)"
+        low, high = patches["sizes"]
         lines += [
             "",
             f"{kind}: {patches['distance']:.4g} over {patches['patches']} patches of "
-            f"{patches['side']} px at sizes from {patches['sizes'][0]} to {patches['sizes'][1]}.",
+            f"{patches['side']} px at sizes from {low} to {high}.",
         ]
     if near := results.get("neighbours"):
         columns = ["images", *(f"{100 * level:.0f} %" for level in near["levels"])]
-        rows = [
-            [method, *(f"{value:.3g}" for value in values)]
-            for method, values in near.items()
-            if method not in ("pictures", "levels")
-        ]
-        lines += [
-            "",
-            f"Distance to the nearest of {near['pictures']} training images, quantiles:",
-            "",
-            *_markdown(columns, rows),
-        ]
+        methods = {name: near[name] for name in near if name not in ("pictures", "levels")}
+        rows = [[name, *(f"{value:.3g}" for value in row)] for name, row in methods.items()]
+        told = f"Distance to the nearest of {near['pictures']} training images, quantiles:"
+        lines += ["", told, "", *_markdown(columns, rows)]
     return lines
-
-
-def _networks(protocol: dict) -> str:
-    distance, neighbours = protocol["distance over"], protocol["precision and recall over"]
-    if neighbours.startswith(distance):
-        return f"Distance, precision and recall over {neighbours}"
-    return f"Distance over {distance}; precision and recall over {neighbours}"
-
-
-def distance_title(features: str) -> str:
-    """Return what the Fréchet distance over these features is called: FID over Inception alone."""
-    return "FID" if features == "inception" else f"Fréchet distance, {features} features"
 
 
 def _matrices(consistency: dict) -> list[str]:
@@ -215,7 +195,7 @@ def _matrices(consistency: dict) -> list[str]:
 
 
 def _speed(report: dict) -> list[str]:
-    """One row a size and task."""
+    """One row per size and task."""
     rows = [
         [
             _spell(row["size"]),
@@ -223,7 +203,7 @@ def _speed(report: dict) -> list[str]:
             f"{row['images_per_second']:.4g}",
             f"{1000 * row['seconds']:.4g}",
             f"{1000 * row['spread']:.2g}" if row["repeats"] > 1 else "-",
-            str(row["repeats"]),
+            row["repeats"],
             "-" if row["peak_megabytes"] is None else f"{row['peak_megabytes']:.0f}",
         ]
         for row in report["results"]
@@ -234,22 +214,23 @@ def _speed(report: dict) -> list[str]:
 
 
 def _ablation(report: dict) -> list[str]:
-    """One table a comparison; one row a contestant, the mean and deviation over its seeds."""
+    """One table per comparison; one row per contestant, the mean and deviation over its seeds."""
     protocol, results = report["protocol"], report["results"]
-    titles = ["parameters, M", "multiply-adds, M", "ms per step", "kept, MB", "held-out loss"]
-    titles += ["against the first", protocol["features"] + " distance", "precision", "recall"]
+    titles = ["contestant", "parameters, M", "multiply-adds, M", "ms per step", "kept, MB"]
+    titles += ["held-out loss", "against the first", protocol["features"] + " distance"]
+    titles += SCORES[1:]
     lines = [
         f"{protocol['steps']} steps, {protocol['seeds']} seeds, mean ± deviation over them. Loss: "
         f"{protocol['held-out loss']}. Distance over {protocol['distance over']}; "
         f"{protocol['drawn by']}.",
     ]
     for title, (data, names) in protocol["comparisons"].items():
-        rows, losses, floor = [], {}, results["floors"][data]
+        of_data, rows = [run for run in results["runs"] if run["data"] == data], []
+        runs = {name: [run for run in of_data if run["contestant"] == name] for name in names}
         for name in names:
-            runs = [r for r in results["runs"] if (r["data"], r["contestant"]) == (data, name)]
-            cost, losses[name] = results["costs"][data][name], [r["loss"] for r in runs]
-            pairs = zip(losses[name], losses[names[0]], strict=True)
-            scores = ([r[key] for r in runs] for key in ("distance", "precision", "recall"))
+            cost, losses = results["costs"][data][name], [run["loss"] for run in runs[name]]
+            pairs = zip(runs[name], runs[names[0]], strict=True)
+            steps = [a["loss"] - b["loss"] for a, b in pairs]
             rows.append(
                 [
                     name,
@@ -257,14 +238,14 @@ def _ablation(report: dict) -> list[str]:
                     f"{cost['multiply_adds'] / 1e6:.0f}",
                     f"{cost['milliseconds']:.0f}",
                     f"{cost['kept_megabytes']:.0f}",
-                    _spread(losses[name]),
-                    _spread([a - b for a, b in pairs]) if name != names[0] else "-",
-                    *(_spread(values) for values in scores),
+                    _spread(losses),
+                    _spread(steps) if name != names[0] else "-",
+                    *(_spread([run[key] for run in runs[name]]) for key in SCORES),
                 ]
             )
-        real = [f"{floor[key]:.3g}" for key in ("distance", "precision", "recall")]
+        real = [f"{results['floors'][data][key]:.3g}" for key in SCORES]
         rows.append(["held-out real images", *["-"] * 6, *real])
-        lines += ["", f"{title}:", "", *_markdown(["contestant", *titles], rows)]
+        lines += ["", f"{title}:", "", *_markdown(titles, rows)]
     return lines
 
 
@@ -274,20 +255,9 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3g} ± {statistics.stdev(values):.1g}"
 
 
-def _markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
+def _markdown(columns: list[str], rows: list[list]) -> list[str]:
+    return ["| " + " | ".join(map(str, x)) + " |" for x in (columns, ["---"] * len(columns), *rows)]
 
 
 def _spell(size: list[int]) -> str:
     return f"{size[0]} x {size[1]}"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -1,9 +1,9 @@
-"""Scores of generated pictures against real ones, at several sizes, beside the baselines."""
+"""Scores of generated images against real ones, at several sizes, beside the baselines."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -13,24 +13,24 @@ from tqdm.auto import tqdm
 from arbscale.coords import Size, Window
 from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
 from arbscale.evaluation.distances import (
-    FID_LEAST,
+    check_fid,
     interval,
     nearest_distances,
     patch_frechet_distance,
     random_patches,
 )
 from arbscale.evaluation.features import Extractor, extractor, reference_features
-from arbscale.evaluation.pairs import Sampling
 from arbscale.evaluation.protocols import centre_crop, eight_bits
 from arbscale.evaluation.resume import Partial
 from arbscale.metrics import NEIGHBOURS, frechet_distance, precision_recall, self_ssim
 from arbscale.model import ArbitraryScaleModel
+from arbscale.samplers import Sampling
 
-BATCH = 20  # pictures a piece of work: what an interruption costs at most
-LEAST = 2 * (NEIGHBOURS + 1)  # pictures: half of them must have their neighbours
-CONSISTENCY = 100  # pictures at most for SelfSSIM, which compares every pair of sizes
+BATCH = 20  # images per piece of work: what an interruption costs at most
+LEAST = 2 * (NEIGHBOURS + 1)  # images: half of them must have their neighbours
+CONSISTENCY = 100  # images at most for SelfSSIM, which compares every pair of sizes
 REPEATS = 10  # random halves for an interval
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the distances to the nearest training picture
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the distances to the nearest training image
 
 FEATURES = {
     "encoder": ("encoder", "encoder"),
@@ -42,12 +42,17 @@ FEATURES = {
 
 OURS = "ours"
 OWN = "own training-size output, resized"
-CEILING = "first stage of other real pictures (ceiling)"
-FLOOR = "other real pictures (floor)"
+CEILING = "first stage of other real images (ceiling)"
+FLOOR = "other real images (floor)"
+
+
+def batch_starts(count: int, what: str) -> Iterable[int]:
+    """Return 0, `BATCH`, ... below `count`, with a progress bar."""
+    return tqdm(range(0, count, BATCH), desc=what, unit="batch")
 
 
 class RealPictures:
-    """The first `count` pictures of a data set, at any size, (B, 3, H, W) in [-1, 1].
+    """The first `count` images of a data set, at any size, (B, 3, H, W) in [-1, 1].
 
     Scenes are rendered exactly; photographs are cropped to the size's aspect ratio and reduced with
     antialiased bicubic, never enlarged (ValueError).
@@ -55,10 +60,7 @@ class RealPictures:
 
     def __init__(self, images: Sequence[Tensor], count: int):
         if count < LEAST:
-            raise ValueError(
-                f"distances between sets need {LEAST} pictures or more, got {count}; take more "
-                "with -n, or another data set"
-            )
+            raise ValueError(f"distances between sets need {LEAST} images or more, got {count}")
         self.images, self.count = images, count
         self.exact = isinstance(images, ContinuousScenes)
         self.kernel = "exact rendering" if self.exact else "centre crop, antialiased bicubic"
@@ -68,24 +70,34 @@ class RealPictures:
         return None if self.exact else tuple(self.images[0].shape[-2:])
 
     def one(self, index: int, size: Size, window: Window | None = None) -> Tensor:
-        """Return picture `index` at a size (3, H, W), or a window of it."""
+        """Return image `index` at a size (3, H, W), or a window of it."""
         if self.exact:
             scene = sample_scenes(1, self.images.seed, self.images.first + index)
             return render_scenes(scene, size, window)[0]
         image = centre_crop(self.images[index], size)
         if image.shape[-2] < size[0] or image.shape[-1] < size[1]:
             raise ValueError(
-                f"picture {index} has {self.images[index].shape[-2]} x "
-                f"{self.images[index].shape[-1]} pixels and is no reference for {size[0]} x "
-                f"{size[1]}; leave that size out, or take larger pictures"
+                f"image {index}, cropped to {image.shape[-2]} x {image.shape[-1]}, is too small "
+                f"for {size[0]} x {size[1]}; leave that size out, or take larger images"
             )
         top, left, height, width = window or (0, 0, *size)
         return resize(image, size)[:, top : top + height, left : left + width]
 
     def batch(self, start: int, size: Size) -> Tensor:
-        """Return the pictures from `start` on, `BATCH` of them or what is left."""
+        """Return the images from `start` on, `BATCH` of them or what is left."""
         stop = min(start + BATCH, self.count)
         return torch.stack([self.one(i, size) for i in range(start, stop)])
+
+    def features(self, size: Size, network: Extractor, what: str) -> Tensor:
+        """Return the features (N, D) of all images at one size, kept in the user's cache."""
+        spell = f"{size[0]}x{size[1]}"
+        name = f"{self.kernel}, {spell}, first {self.count}"
+
+        def batches() -> Iterator[Tensor]:
+            for start in batch_starts(self.count, f"{spell}, {what}"):
+                yield self.batch(start, size)
+
+        return reference_features(name, self.images, network, batches)
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ class Job:
 
     model: ArbitraryScaleModel
     real: RealPictures  # the reference
-    others: RealPictures  # pictures that are not in the reference
+    others: RealPictures  # images that are not in the reference
     sizes: tuple[Size, ...]
     n: int
     features: str  # a key of FEATURES
@@ -109,13 +121,11 @@ class Job:
 
     def latents(self, start: int) -> Tensor:
         """Return the sampled latents from `start` on, `BATCH` of them or what is left."""
-        how = self.sampling
-        seed = 100_000 * how.seed + start // BATCH
+        how, count = self.sampling, min(BATCH, self.n - start)
+        seed, grid = 100_000 * how.seed + start // BATCH, self.model.latent_grid(self.sizes[0])
 
         def sample() -> dict[str, Tensor]:
-            grid, count = self.model.latent_grid(self.sizes[0]), min(BATCH, self.n - start)
-            z = self.model.sample(count, seed, how.steps, how.sampler, grid)
-            return {"z": z.cpu()}
+            return {"z": self.model.sample(count, seed, how.steps, how.sampler, grid).cpu()}
 
         return self.partial.tensors(f"latents-{start:06d}", sample)["z"]
 
@@ -128,14 +138,8 @@ def check(job: Job, allow_few: bool) -> None:
         raise ValueError("SelfSSIM needs sides of 16 px or more; leave the smaller sizes out")
     if job.features not in FEATURES:
         raise ValueError(f"unknown features {job.features!r}; take one of {', '.join(FEATURES)}")
-    least = min(job.n, job.real.count)
-    if job.features == "inception" and least < FID_LEAST:
-        if not allow_few:
-            raise ValueError(
-                f"FID needs {FID_LEAST} pictures on both sides, got {job.n} and {job.real.count}; "
-                "take more, or say --allow-few and report the number with it"
-            )
-        print(f"FID over {least} pictures is biased upwards", file=sys.stderr)
+    if job.features == "inception":
+        check_fid(min(job.n, job.real.count), allow_few)
 
 
 def protocol(job: Job) -> dict:
@@ -153,7 +157,7 @@ def protocol(job: Job) -> dict:
         "precision and recall over": f"{networks[1]}, k = {NEIGHBOURS}",
         "interval": f"two standard errors, from {REPEATS} random halves (delete-half jackknife)",
         "sampling": {**asdict(job.sampling), "seeds": f"100000 seed + batch, batches of {BATCH}"},
-        "self_ssim": f"first {min(job.n, CONSISTENCY)} pictures",
+        "self_ssim": f"first {min(job.n, CONSISTENCY)} images",
     }
 
 
@@ -162,22 +166,16 @@ def evaluate_generation(job: Job, partial: Partial) -> dict:
     """Return what is found, by kind, as JSON can hold it.
 
     `rows` are distance, precision and recall by size and method; `neighbours` are quantiles of the
-    distance to the nearest training picture; `self_ssim` and `patches` compare sizes. Finished
+    distance to the nearest training image; `self_ssim` and `patches` compare sizes. Finished
     batches are kept in `partial`, the features of the reference in the user's cache.
     """
     job, device = replace(job, partial=partial), job.model.device
     networks = {name: extractor(name, device) for name in dict.fromkeys(FEATURES[job.features])}
-    numbers = sum(network.dimensions for network in networks.values())
-    megabytes = 4 * numbers * (job.n + job.real.count) / 1e6
-    print(f"features in memory at a time: {megabytes:.0f} MB", file=sys.stderr)
-    for start in tqdm(range(0, job.n, BATCH), desc="sampling", unit="batch"):
+    for start in batch_starts(job.n, "sampling"):
         job.latents(start)
-    rows = []
-    for size in job.sizes:
-        if _has_reference(job, size):
-            rows += _rows(job, size, networks)
+    sizes = [size for size in job.sizes if _has_reference(job, size)]
     return {
-        "rows": rows,
+        "rows": [row for size in sizes for row in _rows(job, size, networks)],
         "self_ssim": _consistency(job),
         "patches": _patches(job, networks[FEATURES[job.features][0]]),
         "neighbours": _neighbours(job, networks),
@@ -185,20 +183,17 @@ def evaluate_generation(job: Job, partial: Partial) -> dict:
 
 
 def _has_reference(job: Job, size: Size) -> bool:
-    """Tell whether there are real pictures of that size; say so on stderr where there are none."""
+    """Tell whether there are real images of that size; say so on stderr where there are none."""
     largest = job.real.largest()
     if largest is None or (largest[0] >= size[0] and largest[1] >= size[1]):
         return True
-    print(
-        f"no distance at {size[0]} x {size[1]}: the real pictures have {largest[0]} x "
-        f"{largest[1]}; see the patches",
-        file=sys.stderr,
-    )
+    sides = " x ".join(map(str, size)), " x ".join(map(str, largest))
+    print("no distance at {}: the real images have {}".format(*sides), file=sys.stderr)
     return False
 
 
 def _methods(job: Job, size: Size) -> dict[str, tuple[int, Callable[[int], Tensor]]]:
-    """Return, by method, the number of pictures and `pictures(start)`: a batch (B, 3, H, W)."""
+    """Return, by method, the number of images and `images(start)`: a batch (B, 3, H, W)."""
     model = job.model
 
     def own(start: int) -> Tensor:
@@ -220,48 +215,33 @@ def _methods(job: Job, size: Size) -> dict[str, tuple[int, Callable[[int], Tenso
 
 
 def _decode(model: ArbitraryScaleModel, z: Tensor, size: Size) -> Tensor:
-    """Render latents one by one, which bounds the memory, as pictures (B, 3, H, W) on the CPU."""
+    """Render latents one by one, which bounds the memory, as images (B, 3, H, W) on the CPU."""
     return torch.cat([model.decode(one[None].to(model.device), size).cpu() for one in z])
 
 
-def _rows(job: Job, size: Size, networks: dict[str, Extractor]) -> list[dict]:
-    """Compare each method's pictures at one size with the real ones."""
-    real = {
-        name: _reference(job.real, size, network, "reference") for name, network in networks.items()
-    }
-    rows = []
+def _rows(job: Job, size: Size, networks: dict[str, Extractor]) -> Iterator[dict]:
+    """Compare each method's images at one size with the real ones."""
+    real = {name: job.real.features(size, x, "reference") for name, x in networks.items()}
     for method, (count, _) in _methods(job, size).items():
         seen = _seen(job, size, method, networks)
-        rows.append({"size": list(size), "method": method, "pictures": count})
-        rows[-1] |= compare_sets(seen, real, *FEATURES[job.features], job.sampling.seed)
-    return rows
-
-
-def _reference(real: RealPictures, size: Size, network: Extractor, what: str) -> Tensor:
-    """Return the features (N, D) of real pictures at one size, kept in the user's cache."""
-    spell = f"{size[0]}x{size[1]}"
-    starts = tqdm(range(0, real.count, BATCH), desc=f"{spell}, {what}", unit="batch")
-    return reference_features(
-        f"{real.kernel}, {spell}, first {real.count}",
-        real.images,
-        network,
-        lambda: (real.batch(start, size) for start in starts),
-    )
+        scores = compare_sets(seen, real, *FEATURES[job.features], job.sampling.seed)
+        yield {"size": list(size), "method": method, "pictures": count, **scores}
 
 
 def _seen(job: Job, size: Size, method: str, networks: dict[str, Extractor]) -> dict[str, Tensor]:
-    """Return the features (N, D) of a method's pictures at one size, by network."""
+    """Return the features (N, D) of a method's images at one size, by network."""
     spell = f"{size[0]}x{size[1]}"
-    count, pictures = _methods(job, size)[method]
-    parts = []
-    for start in tqdm(range(0, count, BATCH), desc=f"{spell}, {method}", unit="batch"):
-        name = f"{spell}-{method.split()[0]}-{start:06d}"
-        parts.append(job.partial.tensors(name, lambda start=start: _see(pictures(start), networks)))
+    count, images = _methods(job, size)[method]
+
+    def see(start: int) -> dict[str, Tensor]:
+        batch = images(start)
+        return {name: network(batch) for name, network in networks.items()}
+
+    parts = [
+        job.partial.tensors(f"{spell}-{method.split()[0]}-{start:06d}", lambda i=start: see(i))
+        for start in batch_starts(count, f"{spell}, {method}")
+    ]
     return {name: torch.cat([part[name] for part in parts]) for name in networks}
-
-
-def _see(pictures: Tensor, networks: dict[str, Extractor]) -> dict[str, Tensor]:
-    return {name: network(pictures) for name, network in networks.items()}
 
 
 def compare_sets(
@@ -271,41 +251,38 @@ def compare_sets(
     neighbours: str,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Return distance, precision and recall, each with the half-width of its interval.
+    """Return distance, precision and recall, each with the half-width of its interval (`_pm`).
 
     `generated` and `real` hold features (N, D) by network; `distance` and `neighbours` name the
     network of the Fréchet distance and that of precision and recall.
     """
-    a, b = generated[distance], real[distance]
-    c, d = generated[neighbours], real[neighbours]
-    (distance_pm,) = interval(lambda x, y: (frechet_distance(x, y),), a, b, REPEATS, seed)
-    precision_pm, recall_pm = interval(precision_recall, c, d, REPEATS, seed)
-    precision, recall = precision_recall(c, d)
-    return {
-        "distance": frechet_distance(a, b),
-        "distance_pm": distance_pm,
-        "precision": precision,
-        "precision_pm": precision_pm,
-        "recall": recall,
-        "recall_pm": recall_pm,
-    }
+    scores = {}
+    for network, names, measure in (
+        (distance, ("distance",), lambda a, b: (frechet_distance(a, b),)),
+        (neighbours, ("precision", "recall"), precision_recall),
+    ):
+        pair = generated[network], real[network]
+        margins = interval(measure, *pair, REPEATS, seed)
+        for name, value, margin in zip(names, measure(*pair), margins, strict=True):
+            scores |= {name: value, f"{name}_pm": margin}
+    return scores
 
 
 def _consistency(job: Job) -> dict | None:
     """Return both SelfSSIM matrices of ours and of the resized fixed-size output."""
     if len(job.sizes) < 2:
         return None
-    count = min(job.n, CONSISTENCY)
-    total: dict[str, dict[str, Tensor]] = {}
-    for start in tqdm(range(0, count, BATCH), desc="SelfSSIM", unit="batch"):
+    count, parts = min(job.n, CONSISTENCY), []
+    for start in batch_starts(count, "SelfSSIM"):
         z = job.latents(start)[: count - start]
         part = job.partial.numbers(f"consistency-{start:06d}", lambda z=z: _matrices(job, z))
-        for method, variants in part.items():
-            for variant, matrix in variants.items():
-                share = torch.tensor(matrix, dtype=torch.float64) * (len(z) / count)
-                sums = total.setdefault(method, {})
-                sums[variant] = sums.get(variant, 0) + share
-    matrices = {m: {v: x.tolist() for v, x in vs.items()} for m, vs in total.items()}
+        parts.append((len(z) / count, part))
+
+    def mean(method: str, variant: str) -> list[list[float]]:
+        matrices = (w * torch.tensor(x[method][variant], dtype=torch.float64) for w, x in parts)
+        return sum(matrices).tolist()
+
+    matrices = {m: {v: mean(m, v) for v in variants} for m, variants in parts[0][1].items()}
     return {"pictures": count, "sizes": [list(size) for size in job.sizes], **matrices}
 
 
@@ -316,20 +293,19 @@ def _matrices(job: Job, z: Tensor) -> dict[str, dict[str, list]]:
         OWN: {size: resize(own, size) for size in job.sizes},
     }
     return {
-        method: {v: self_ssim(pictures, v).tolist() for v in ("clean", "scaleparty")}
-        for method, pictures in methods.items()
+        method: {v: self_ssim(images, v).tolist() for v in ("clean", "scaleparty")}
+        for method, images in methods.items()
     }
 
 
 def _patches(job: Job, network: Extractor) -> dict | None:
     """Return the distance between patches of the training size at random larger sizes.
 
-    The sizes go up to that of the real pictures, or of scenes to the largest that was asked for.
-    None where no real picture is larger than a patch.
+    The sizes go up to that of the real images, or of scenes to the largest that was asked for.
+    None where no real image is larger than a patch.
     """
     side = min(job.base)
-    largest = job.real.largest()
-    high = min(largest) if largest else max(max(size) for size in job.sizes)
+    high = min(job.real.largest() or [max(max(size) for size in job.sizes)])
     if high <= side or job.base[0] != job.base[1]:
         return None
 
@@ -345,29 +321,24 @@ def _patches(job: Job, network: Extractor) -> dict | None:
         sets = patches(ours, job.n, "ours"), patches(job.real.one, job.real.count, "real")
         return patch_frechet_distance(*sets, network)
 
-    return {
-        "side": side,
-        "sizes": [side, high],
-        "patches": job.n,
-        "distance": job.partial.numbers("patches", distance),
-    }
+    found = job.partial.numbers("patches", distance)
+    return {"side": side, "sizes": [side, high], "patches": job.n, "distance": found}
 
 
 def _neighbours(job: Job, networks: dict[str, Extractor]) -> dict | None:
-    """Return quantiles of the distance to the nearest picture of the whole training list.
+    """Return quantiles of the distance to the nearest image of the whole training list.
 
-    Of generated and of other real pictures, at the training size. None for scenes, which are
-    endless, and where the real pictures are smaller.
+    Of generated and of other real images, at the training size. None for scenes, which are endless,
+    and where the real images are smaller.
     """
     if job.real.exact or not _has_reference(job, job.base):
         return None
     name = FEATURES[job.features][0]
     whole = RealPictures(job.real.images, len(job.real.images))
-    train = _reference(whole, job.base, networks[name], "training list")
+    train = whole.features(job.base, networks[name], "training list")
     levels = torch.tensor(QUANTILES, dtype=torch.float64)
-    found = {
-        method: nearest_distances(_seen(job, job.base, method, networks)[name], train)
-        for method in (OURS, FLOOR)
-    }
-    quantiles = {method: x.quantile(levels).tolist() for method, x in found.items()}
+    quantiles = {}
+    for method in (OURS, FLOOR):
+        found = nearest_distances(_seen(job, job.base, method, networks)[name], train)
+        quantiles[method] = found.quantile(levels).tolist()
     return {"pictures": whole.count, "levels": list(QUANTILES), **quantiles}

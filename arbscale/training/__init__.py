@@ -1,6 +1,12 @@
-"""Training: the stages, the pictures they draw, and the loop that runs them."""
+"""Training: the stages, the images they draw, and the loop that runs them."""
 
-from arbscale.training.latents import fingerprint
+from arbscale.training.denoiser import finetune_alignment, train_diffusion
+from arbscale.training.first_stage import (
+    distil_encoder,
+    train_autoencoder,
+    train_decoder,
+    train_first_stage,
+)
 from arbscale.training.loop import Run, Stage, optimise, step_generator
 from arbscale.training.runlog import read_log, read_summary
 from arbscale.training.sources import (
@@ -14,14 +20,6 @@ from arbscale.training.sources import (
     scene_source,
     whole_source,
 )
-from arbscale.training.stages import (
-    distil_encoder,
-    finetune_alignment,
-    train_autoencoder,
-    train_decoder,
-    train_diffusion,
-    train_first_stage,
-)
 
 __all__ = [
     "Batch",
@@ -34,7 +32,6 @@ __all__ = [
     "Stage",
     "distil_encoder",
     "finetune_alignment",
-    "fingerprint",
     "optimise",
     "photo_source",
     "read_log",

@@ -7,7 +7,6 @@ their SHA-256. Until the last rename it has another name, so what is named `step
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from arbscale.store import sha256
+from arbscale import store
 
 STATE, RECORD = "state.safetensors", "record.json"
 
@@ -28,19 +27,19 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], record: dict, keep
     half of either. `record` is anything that JSON can hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
+    for path in (*folder.glob(".draft-*"), *folder.glob(".old-*")):  # of a process that was killed
+        shutil.rmtree(path)
     draft, final = folder / f".draft-{step:08d}", folder / f"step-{step:08d}"
     try:
         draft.mkdir()
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, draft / STATE)
-        record = {**record, "step": step, "sha256": sha256(draft / STATE)}
-        (draft / RECORD).write_text(json.dumps(record), encoding="utf-8")
-        for path in (draft / STATE, draft / RECORD, draft):
-            _sync(path)
+        with store.replacing(draft / STATE) as path:
+            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path)
+        record = {**record, "step": step, "sha256": store.sha256(draft / STATE)}
+        store.write_text(draft / RECORD, json.dumps(record))
         if final.exists():
             _remove(final)
         draft.rename(final)
-        _sync(folder)
+        store.sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise OSError(f"the checkpoint {final} could not be written ({error})") from error
@@ -54,51 +53,29 @@ def saved(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Return a checkpoint's tensors and its record; ValueError or OSError if it is damaged."""
-    record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    if sha256(path / STATE) != record["sha256"]:
-        raise ValueError("its SHA-256 is another one")
-    return load_file(path / STATE), record
-
-
 def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
-    """Return the newest intact checkpoint of a folder, with a warning for each damaged one."""
+    """Return the newest intact checkpoint's tensors and record, with a warning for damaged ones."""
     for path in saved(folder):
         try:
-            return load(path)
+            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+            if store.sha256(path / STATE) != record["sha256"]:
+                raise ValueError("its SHA-256 is another one")
+            return load_file(path / STATE), record
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            warnings.warn(
-                f"{path} is damaged ({error}); going back to the one before", stacklevel=2
-            )
+            warnings.warn(f"{path} is damaged ({error}); taking the one before", stacklevel=2)
     return None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is the old or the new one at every moment."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    _sync(draft)
-    draft.replace(path)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a stopped process left behind."""
-    for path in (*folder.glob(".draft-*"), *folder.glob(".old-*")):
-        shutil.rmtree(path)
+def compare(folder: Path, before: dict, now: dict) -> None:
+    """Refuse to resume with other settings; ValueError lists those of `now` that differ."""
+    changed = [f"{k} was {before[k]} and is {v}" for k, v in now.items() if before.get(k, v) != v]
+    if changed:
+        raise ValueError(
+            f"{folder} was begun with other settings: {', '.join(changed)}; use those, or another "
+            "folder"
+        )
 
 
 def _remove(path: Path) -> None:
     """Take the checkpoint's name away first: half removed, it must not look like one."""
     shutil.rmtree(path.rename(path.with_name(f".old-{path.name}")))
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk itself."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

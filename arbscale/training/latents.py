@@ -1,15 +1,13 @@
-"""Latents of many pictures, encoded once and read from disk by memory map.
+"""Latents of many images, encoded once and read from disk by memory map.
 
-A cache is a folder with an array file each and a record, which names the encoder's weights, the
-pictures and the seed that they came from. It gets its name when it is whole.
+A cache is a folder with one file per array and a record, written last, whose key stands for the
+encoder's weights, the images and the seed that the latents came from.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from arbscale import store
 
 RECORD = "record.json"
 Parts = Callable[[], Iterator[tuple[Tensor, ...]]]
@@ -43,21 +43,13 @@ class Latents:
         return torch.from_numpy(np.asarray(self.arrays[0])).std().item()
 
 
-def fingerprint(module: nn.Module, *facts: object) -> str:
-    """Return a hash of a module's weights and of facts that JSON can hold."""
-    digest = hashlib.sha256(json.dumps(facts).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def in_memory(parts: Parts) -> Latents:
     """Hold the arrays in memory."""
     return Latents(tuple(torch.cat(pieces).numpy() for pieces in zip(*parts(), strict=True)))
 
 
 def cached(folder: Path, key: str, count: int, parts: Parts) -> Latents:
-    """Open the cache in `folder`; where there is none or it has another key, make it anew.
+    """Open the cache in `folder`; encode again where there is none or it has another key.
 
     `count` is N. Raises OSError where it cannot be written.
     """
@@ -72,40 +64,31 @@ def _open(folder: Path, key: str) -> Latents | None:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record["key"] != key:
-            print(f"latents: those in {folder} are of other weights or pictures; encoding again")
-            return None
+            raise ValueError("of other weights or images")
         # Copy-on-write: PyTorch takes no read-only arrays.
         return Latents(
             tuple(np.load(folder / n, mmap_mode="c", allow_pickle=False) for n in record["files"])
         )
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"latents: those in {folder} are damaged ({error}); encoding again")
+        if (folder / RECORD).exists():
+            print(f"latents: those in {folder} cannot be used ({error}); encoding again")
         return None
 
 
 def _write(folder: Path, key: str, count: int, parts: Parts) -> None:
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    (folder / RECORD).unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
         files: list[Any] = []
         for pieces in parts():
             if not files:
-                names = [draft / f"{i}.npy" for i in range(len(pieces))]
-                files = [stack.enter_context(name.open("wb")) for name in names]
+                paths = [folder / f"{i}.npy" for i in range(len(pieces))]
+                drafts = [stack.enter_context(store.replacing(path)) for path in paths]
+                files = [stack.enter_context(draft.open("wb")) for draft in drafts]
                 for file, piece in zip(files, pieces, strict=True):
-                    _begin(file, (count, *piece.shape[1:]))
+                    # Written, for a memory map would end in SIGBUS on a full disk.
+                    shape = (count, *piece.shape[1:])
+                    head = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, head)
             for file, piece in zip(files, pieces, strict=True):
                 file.write(piece.contiguous().numpy().tobytes())
-    record = {"key": key, "files": [f"{i}.npy" for i in range(len(files))]}
-    (draft / RECORD).write_text(json.dumps(record), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
-
-
-def _begin(file: Any, shape: tuple[int, ...]) -> None:
-    """Write the head of an array file. A memory map would end in SIGBUS on a full disk."""
-    head = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, head)
+    store.write_text(folder / RECORD, json.dumps({"key": key, "files": [p.name for p in paths]}))

@@ -1,8 +1,8 @@
 """The training loop: one for a laptop, for several GPUs, and for a machine that may be taken away.
 
-Everything random in a step is a function of the seed, the stage, the step and the picture's place
-in the batch. So a resumed run goes on as if nothing had happened, and neither the number of
-processes, nor of loader workers, nor the accumulation changes what is learned.
+Everything random in a step is a function of the seed, the stage, the step and the image's place in
+the batch. So a resumed run ends in the same weights as one that was not stopped, and neither the
+number of processes, nor of loader workers, nor the accumulation changes what is learned.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import os
-import signal
-import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -28,17 +25,21 @@ from tqdm.auto import tqdm
 
 from arbscale.presets import Preset
 from arbscale.training import checkpoints
+from arbscale.training.processes import make_accelerator, noted_signals
 from arbscale.training.runlog import RunLog
+
+LEAST = dict.fromkeys(("save_every", "keep", "log_every", "accumulation"), 1)
+LEAST |= dict.fromkeys(("sample_every", "warm_up", "workers"), 0)
 
 
 @dataclass(frozen=True)
 class Run:
-    """How and where a training runs; what is learned stands in the preset."""
+    """How and where a stage is trained; the preset says what is learned."""
 
     folder: Path | None = None  # configuration, log, samples and checkpoints; None keeps nothing
-    resume: bool = False  # go on from the newest intact checkpoint in the folder
+    resume: bool = False  # from the newest intact checkpoint in the folder
     save_every: int = 500  # steps from checkpoint to checkpoint
-    keep: int = 3  # checkpoints of a stage that stay
+    keep: int = 3  # checkpoints kept per stage
     sample_every: int = 1000  # steps from one sheet of samples to the next; 0 for none
     log_every: int = 10  # steps from one line of the log to the next
     precision: Literal["no", "bf16"] = "no"  # bf16: mixed precision
@@ -50,41 +51,38 @@ class Run:
     compile: bool = False  # by torch.compile: slow to start, then faster
     checkpointing: bool = False  # recompute the U-Net's activations: less memory, more time
     channels_last: bool = False  # memory layout of convolutions; faster on GPUs in bf16
-    latents: Path | None = None  # where encoded pictures are kept; by default in the folder
+    latents: Path | None = None  # where encoded images are kept; by default in the folder
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense; ValueError says what is wanted."""
+        """Refuse numbers out of range by ValueError."""
         if self.resume and self.folder is None:
-            raise ValueError("resume needs the folder of the run that it goes on with")
-        for name in ("save_every", "keep", "log_every", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
-        for name in ("sample_every", "warm_up", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is at least 0, got {getattr(self, name)}")
+            raise ValueError("resume needs a folder, that of the run")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is at least {least}, got {getattr(self, name)}")
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"precision is 'no' or 'bf16', got {self.precision!r}")
-        if not self.clip > 0 or not 0 <= self.ema_decay < 1:
-            raise ValueError(
-                f"clip is positive and ema_decay in [0, 1), got {self.clip} and {self.ema_decay}"
-            )
+        if not self.clip > 0:
+            raise ValueError(f"clip is positive, got {self.clip}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is in [0, 1), got {self.ema_decay}")
 
 
 class Stage(nn.Module):
-    """Something to be learned: what a step looks at, and the loss.
+    """One stage of training: the tensors of a step, and the loss.
 
-    Parameters that require no gradient stay as they are. All of the state is in the checkpoints.
+    Parameters that require no gradient are not trained. All of the state is in the checkpoints.
     """
 
     name: str
-    batch: int  # pictures a step, all processes together
+    batch: int  # images per step, all processes together
     lr: float  # Adam's
     preset: Preset
     unit = "latents"  # what the throughput counts
 
     @property
     def averaged(self) -> nn.Module | None:
-        """The part whose weights' moving average is what the training leaves."""
+        """The part that ends in the moving average of its weights, if any."""
         return None
 
     def prepare(self, run: Run, accelerator: Any, seed: int) -> None:
@@ -95,30 +93,30 @@ class Stage(nn.Module):
         raise NotImplementedError
 
     def preview(self) -> list[tuple[Tensor, str]]:
-        """Return pictures (3, H, W) with their labels, the same ones each time."""
+        """Return images (3, H, W) with their labels, the same ones each time."""
         return []
 
 
 def optimise(stage: Stage, steps: int, seed: int = 0, run: Run | None = None) -> list[float]:
-    """Train a stage by Adam with warm-up, cosine decay and clipping; return its losses.
+    """Train a stage by Adam with warm-up, cosine decay and clipping; return the loss of each step.
 
     Raises RuntimeError where the loss or the gradient is not finite, the disk is full, or SIGTERM
-    or SIGINT came, and says how to go on; ValueError where the run does not fit its folder.
+    or SIGINT came, and says how to resume; ValueError where the run does not fit its folder.
     """
     return _Training(stage, steps, seed, run or Run()).fit()
 
 
 class _Training:
-    """One stage's training under way."""
+    """The training of one stage: its network, optimiser, average, log and step."""
 
     def __init__(self, stage: Stage, steps: int, seed: int, run: Run):
         self.stage, self.steps, self.seed, self.run = stage, steps, seed, run
-        self.accelerator = make_accelerator(run, next(stage.parameters()).device)
+        self.accelerator = make_accelerator(run.precision, next(stage.parameters()).device)
         self.folder = run.folder and Path(run.folder) / "checkpoints" / stage.name
         self.step, self.losses, self.seconds = 0, [], 0.0
 
     def fit(self) -> list[float]:
-        """Train from where the folder's newest checkpoint stands."""
+        """Train from the folder's newest checkpoint, or from the start."""
         found = self._find()
         if found and found[1]["finished"]:
             self.stage.load_state_dict(_under("stage", found[0]))
@@ -130,9 +128,12 @@ class _Training:
             else:
                 self._finish()
         except OSError as error:
-            raise RuntimeError(f"{self.stage.name}: {error}; {self._mend()}") from error
-        finally:
-            self._tidy()
+            raise self._error(str(error)) from error
+        finally:  # leave the network as a plain module, in the usual layout
+            if self.run.channels_last:
+                self.stage.to(memory_format=torch.contiguous_format)
+            if hasattr(self, "log"):
+                self.log.close()
         return self.losses
 
     def _find(self) -> tuple[dict[str, Tensor], dict] | None:
@@ -140,32 +141,19 @@ class _Training:
             return None
         if not self.run.resume:
             if checkpoints.saved(self.folder):
-                raise ValueError(
-                    f"{self.run.folder} already holds a run of {self.stage.name}: resume it, or "
-                    "take another folder"
-                )
+                raise ValueError(f"{self.folder} is not empty: resume it, or take another folder")
             return None
         with self.accelerator.main_process_first():
             found = checkpoints.load_newest(self.folder)
         if found:
-            self._compare(found[1]["settings"])
+            checkpoints.compare(self.run.folder, found[1]["settings"], self._settings())
         return found
 
     def _settings(self) -> dict:
-        """Return what must not change between two halves of a run; learning rates may."""
+        """Return what must stay the same when a run is resumed; learning rates may change."""
         preset = {k: v for k, v in self.stage.preset.to_dict().items() if not k.endswith("_lr")}
         preset = {k: list(v) if isinstance(v, tuple) else v for k, v in preset.items()}
         return {"steps": self.steps, "seed": self.seed, **preset}
-
-    def _compare(self, before: dict) -> None:
-        now = self._settings()
-        changed = [k for k in now if before.get(k, now[k]) != now[k]]
-        if changed:
-            listed = ", ".join(f"{k} was {before[k]} and is {now[k]}" for k in changed)
-            raise ValueError(
-                f"{self.run.folder} was begun with other settings ({listed}); resume with the same "
-                "ones, or take another folder"
-            )
 
     def _build(self, found: tuple[dict[str, Tensor], dict] | None) -> None:
         run, stage, accelerator = self.run, self.stage, self.accelerator
@@ -200,35 +188,33 @@ class _Training:
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
 
     def _loop(self) -> None:
-        main = self.accelerator.is_main_process
-        options = {"initial": self.step, "total": self.steps, "unit": "step", "mininterval": 1}
-        parts, accelerator = self.run.accumulation, self.accelerator
-        wanted = range(self.step * parts, self.steps * parts)
+        run, accelerator = self.run, self.accelerator
+        wanted = range(self.step * run.accumulation, self.steps * run.accumulation)
         shared = accelerator.num_processes, accelerator.process_index
+        options = {"initial": self.step, "total": self.steps, "unit": "step", "mininterval": 1}
+        options["disable"] = not accelerator.is_main_process
         with (
-            _signals_noted(self.folder is not None) as signals,
-            tqdm(desc=self.stage.name, disable=not main, **options) as bar,
+            noted_signals(self.folder is not None) as signals,
+            tqdm(desc=self.stage.name, **options) as bar,
         ):
             # Begun here so that its workers, too, outlive the first Ctrl-C.
-            batches = iter(loader(self.stage, wanted, self.seed, self.run, *shared))
+            batches = iter(loader(self.stage, wanted, self.seed, run, *shared))
             while self.step < self.steps:
                 started = time.perf_counter()
-                loss, waited, stop = self._advance(batches, signals)
-                seconds = time.perf_counter() - started
-                self.seconds += seconds
-                self._report(bar, loss, seconds, waited)
+                waited, stop = self._advance(batches, signals)
+                self._report(bar, time.perf_counter() - started, waited)
                 if self.step == self.steps:
                     self._finish()
-                elif stop or self.step % self.run.save_every == 0:
+                elif stop or self.step % run.save_every == 0:
                     self._save()
                 if stop:
                     name = signals[0] if signals else "a signal to another process"
-                    raise RuntimeError(f"{self.stage.name}: stopped by {name}; {self._mend()}")
+                    raise self._error(f"stopped by {name}")
 
     def _advance(
         self, batches: Iterator[dict[str, Tensor]], signals: list[str]
-    ) -> tuple[float, float, bool]:
-        """Take one step; return the loss, the seconds waited for data, and whether to stop."""
+    ) -> tuple[float, bool]:
+        """Take one step; return the seconds waited for data, and whether to stop."""
         self.optimiser.zero_grad()
         parts, total, waited = self.run.accumulation, 0.0, 0.0
         for k in range(parts):
@@ -240,25 +226,25 @@ class _Training:
                 loss = self.module(**tensors) / parts
                 self.accelerator.backward(loss)
             total = total + loss.detach().float()
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.run.clip)
-        value, stopping = self._agree(total, bool(signals))
-        self._check(value, norm.item())
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.run.clip).item()
+        value, stop = self._agree(total, bool(signals))
+        for what, number in (("loss", value), ("gradient", norm)):
+            if not math.isfinite(number):
+                text = f"the {what} became {number} at step {self.step}; take a lower learning rate"
+                raise self._error(text)
         for group in self.optimiser.param_groups:
             group["lr"] = self.stage.lr * learning_rate(self.step, self.steps, self.run.warm_up)
         self.optimiser.step()
-        self._average()
+        self._update_average()
         self.step += 1
         self.losses.append(value)
-        return value, waited, stopping
+        return waited, stop
 
     def _place(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         placed = {k: v.to(self.device, non_blocking=True) for k, v in tensors.items()}
         if self.run.channels_last:
-            layout = torch.channels_last
-            placed = {
-                k: v.contiguous(memory_format=layout) if v.ndim == 4 else v
-                for k, v in placed.items()
-            }
+            images = {k: v for k, v in placed.items() if v.ndim == 4}
+            placed |= {k: v.to(memory_format=torch.channels_last) for k, v in images.items()}
         return placed
 
     def _agree(self, loss: Tensor, stop: bool) -> tuple[float, bool]:
@@ -269,55 +255,36 @@ class _Training:
         value, stopping = self.accelerator.reduce(both, "mean").tolist()
         return value, stopping > 0
 
-    def _check(self, loss: float, norm: float) -> None:
-        what = "loss" if not math.isfinite(loss) else "gradient"
-        value = loss if what == "loss" else norm
-        if not math.isfinite(value):
-            raise RuntimeError(
-                f"{self.stage.name}: the {what} became {value} at step {self.step}; take a lower "
-                "learning rate" + (f"; {self._mend()}" if self.folder else "")
-            )
-
-    def _average(self) -> None:
-        if self.average is None:
-            return
-        decay = min(self.run.ema_decay, (1 + self.step) / (10 + self.step))
-        network = self.stage.averaged
-        with torch.no_grad():
-            pairs = zip(self.average.parameters(), network.parameters(), strict=True)
-            for average, parameter in pairs:
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        if self.average is not None:
+            decay = min(self.run.ema_decay, (1 + self.step) / (10 + self.step))
+            pairs = (self.average.parameters(), self.stage.averaged.parameters())
+            for average, parameter in zip(*pairs, strict=True):
                 average.lerp_(parameter, 1 - decay)
 
-    def _report(self, bar: tqdm, loss: float, seconds: float, waited: float) -> None:
-        recent = self.losses[-50:]
+    def _report(self, bar: tqdm, seconds: float, waited: float) -> None:
+        self.seconds += seconds
         rate = self.stage.batch * self.step / max(self.seconds, 1e-9)
-        shown = {"loss": f"{sum(recent) / len(recent):.4f}", f"{self.stage.unit}/s": f"{rate:.0f}"}
+        shown = {"loss": f"{_mean(self.losses[-50:]):.4f}", f"{self.stage.unit}/s": f"{rate:.0f}"}
         bar.set_postfix(shown, refresh=False)
         bar.update()
-        every = self.run.sample_every
         if self.step % self.run.log_every == 0 or self.step == self.steps:
-            self.log.scalars(
-                self.step,
-                loss=loss,
-                lr=self.optimiser.param_groups[0]["lr"],
-                rate=rate,
-                seconds=seconds,
-                waiting=waited / seconds,
-            )
+            rates = {"rate": rate, "seconds": seconds, "waiting": waited / seconds}
+            lr = self.optimiser.param_groups[0]["lr"]
+            self.log.scalars(self.step, loss=self.losses[-1], lr=lr, **rates)
+        every = self.run.sample_every
         if every and self.step % every == 0 and self.log.active:
-            with self._averaged_weights():
-                self.log.samples(self.step, self.stage.preview())
+            self._preview()
 
-    @contextlib.contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """Put the averaged weights into the network for a while."""
+    def _preview(self) -> None:
+        """Draw samples with the averaged weights."""
         if self.average is None:
-            yield
-            return
+            return self.log.samples(self.step, self.stage.preview())
         kept = copy.deepcopy(self.stage.averaged.state_dict())
         self.stage.averaged.load_state_dict(self.average.state_dict())
         try:
-            yield
+            self.log.samples(self.step, self.stage.preview())
         finally:
             self.stage.averaged.load_state_dict(kept)
 
@@ -329,12 +296,8 @@ class _Training:
             tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
             if not finished:
                 tensors |= self._optimiser_tensors()
-            record = {
-                "stage": self.stage.name,
-                "finished": finished,
-                "seconds": self.seconds,
-                "settings": self._settings(),
-            }
+            record = {"stage": self.stage.name, "finished": finished, "seconds": self.seconds}
+            record["settings"] = self._settings()
             keep = 1 if finished else self.run.keep
             checkpoints.save(self.folder, self.step, tensors, record, keep)
         self.accelerator.wait_for_everyone()
@@ -353,7 +316,7 @@ class _Training:
         self._save(finished=True)
         self.log.summary(
             steps=self.steps,
-            loss=sum(self.losses[-100:]) / max(1, len(self.losses[-100:])),
+            loss=_mean(self.losses[-100:]),
             seconds=round(self.seconds, 1),
             rate=round(self.stage.batch * self.steps / max(self.seconds, 1e-9), 1),
             device=f"{self.device.type} x {self.accelerator.num_processes}",
@@ -361,39 +324,22 @@ class _Training:
             settings=asdict(self.run),
         )
 
-    def _tidy(self) -> None:
-        """Leave the network as a plain module, in the usual layout."""
-        if self.run.channels_last:
-            self.stage.to(memory_format=torch.contiguous_format)
-        if hasattr(self, "log"):
-            self.log.close()
-
-    def _mend(self) -> str:
-        if self.folder is None:
-            return "nothing was kept, for the run has no folder"
-        if not checkpoints.saved(self.folder):
-            return f"there was no checkpoint yet in {self.folder}; start again"
-        newest = checkpoints.saved(self.folder)[0].name.removeprefix("step-")
-        return f"the checkpoint of step {int(newest)} in {self.folder} is intact; resume from it"
+    def _error(self, text: str) -> RuntimeError:
+        """Return an error that says where the run can be resumed from."""
+        newest = checkpoints.saved(self.folder)[:1] if self.folder else []
+        mend = f"resume from {newest[0]}" if newest else "no checkpoint was kept; start again"
+        return RuntimeError(f"{self.stage.name}: {text}; {mend}")
 
 
 @dataclass(frozen=True)
 class _Draws(Dataset):
-    """Item k is what this process looks at in part k of the run: a function of k alone."""
+    """Item k is one process's share of part k of the run: a function of k alone."""
 
     stage: Stage
     seed: int
     parts: int
     processes: int
     process: int
-
-    def __post_init__(self) -> None:
-        shares = self.parts * self.processes
-        if self.stage.batch % shares:
-            raise ValueError(
-                f"{self.stage.name}: {self.stage.batch} pictures a step cannot be shared evenly by "
-                f"{self.processes} processes in {self.parts} parts; take a multiple of {shares}"
-            )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         step, part = divmod(index, self.parts)
@@ -408,8 +354,14 @@ def loader(
 ) -> DataLoader:
     """Return what process `process` of `processes` looks at in the wanted parts of the run.
 
-    A step has `run.accumulation` parts; part 0 is the first of step 0.
+    A step has `run.accumulation` parts; part 0 is the first of step 0. ValueError where a batch
+    cannot be shared evenly.
     """
+    if stage.batch % (run.accumulation * processes):
+        raise ValueError(
+            f"{stage.name}: {stage.batch} images per step cannot be shared by {processes} processes"
+            f" in {run.accumulation} parts; take a multiple of {run.accumulation * processes}"
+        )
     return DataLoader(
         _Draws(stage, seed, run.accumulation, processes, process),
         batch_size=None,
@@ -435,54 +387,8 @@ def learning_rate(step: int, steps: int, warm_up: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / (steps - warm_up))
 
 
-def process_state(cpu: bool = False) -> Any:
-    """Return accelerate's PartialState; processes that were launched together find each other.
-
-    Where there is no GPU, or accelerate was told to use none, they talk over gloo.
-    """
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    no_gpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    return PartialState(cpu=no_gpu if several else cpu)
-
-
-def make_accelerator(run: Run, device: torch.device) -> Any:
-    """Return accelerate's Accelerator for a run: on `device`, unless several processes share it."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin
-
-    # Its settings live as long as the Python process; a notebook's next cell may want others.
-    AcceleratorState._reset_state(not torch.distributed.is_initialized())
-    process_state(cpu=device.type == "cpu")
-    return Accelerator(
-        mixed_precision=run.precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop does it
-    )
-
-
-@contextlib.contextmanager
-def _signals_noted(wanted: bool) -> Iterator[list[str]]:
-    """Collect SIGTERM and SIGINT by name; a second one acts as usual."""
-    came: list[str] = []
-    if not wanted or threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(number: int, frame: Any) -> None:
-        came.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _mean(losses: list[float]) -> float:
+    return sum(losses) / max(1, len(losses))
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

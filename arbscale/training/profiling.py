@@ -12,28 +12,28 @@ import torch
 
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import build_decoder
+from arbscale.training.denoiser import AlignmentStage, DiffusionStage
+from arbscale.training.first_stage import AutoencoderStage, DecoderStage
 from arbscale.training.loop import Run, Stage, loader, optimise
 from arbscale.training.runlog import read_log
 from arbscale.training.sources import Source
-from arbscale.training.stages import AlignmentStage, AutoencoderStage, DecoderStage, DiffusionStage
 
 STEPS = 20  # timed, after WARM_UP others
 WARM_UP = 5
 POOL = 256  # latents are as fast to look up among few as among many
 
 
-def profile(
-    model: ArbitraryScaleModel, source: Source, run: Run
-) -> Iterator[tuple[str, dict[str, float], str]]:
-    """Measure each stage; yield its name, its rates and a table of one step's operations.
+def profile(model: ArbitraryScaleModel, source: Source, run: Run) -> Iterator[tuple[str, str]]:
+    """Measure each stage; yield a line of its rates and a table of one step's operations.
 
-    The rates are "loading" and "training", both in pictures a second, and "waiting", the share of a
-    step in which the network waits for data. The model is trained by some steps.
+    The rates are images loaded and images trained on per second, and the share of a step in which
+    the network waits for data. The model is trained by some steps.
     """
     preset, first_stage = model.preset, model.first_stage
-    helper = build_decoder(preset).to(model.device)
     stages = (
-        lambda: AutoencoderStage(first_stage.encoder, helper, source, preset),
+        lambda: AutoencoderStage(
+            first_stage.encoder, build_decoder(preset).to(model.device), source, preset
+        ),
         lambda: DecoderStage(first_stage, source, preset, True),
         lambda: DiffusionStage(model, source, POOL),
         lambda: AlignmentStage(model, source, None),
@@ -41,26 +41,27 @@ def profile(
     for build in stages:
         stage = build()
         with tempfile.TemporaryDirectory() as folder:
-            rates = _train(stage, replace(run, folder=Path(folder), latents=None))
-        rates["loading"] = _load(stage, run)
-        yield stage.name, rates, _one_step(stage)
+            training, waiting = _train(stage, replace(run, folder=Path(folder), latents=None))
+        yield (
+            f"{stage.name:12} loading {_load(stage, run):8.1f} /s   training {training:8.1f} /s"
+            f"   waiting for data {waiting:6.1%} of a step",
+            f"{stage.name}, one step\n{_one_step(stage)}",
+        )
 
 
-def _train(stage: Stage, run: Run) -> dict[str, float]:
+def _train(stage: Stage, run: Run) -> tuple[float, float]:
+    """Return images per second, and the share of the time spent waiting for them."""
     run = replace(run, resume=False, log_every=1, sample_every=0, save_every=10**9)
     optimise(stage, WARM_UP + STEPS, run=run)
     lines = read_log(run.folder)[WARM_UP:]
-    seconds = sorted(line["seconds"] for line in lines)[STEPS // 2]
+    seconds = sorted(line["seconds"] for line in lines)
     waiting = sum(line["waiting"] * line["seconds"] for line in lines)
-    return {
-        "training": stage.batch / seconds,
-        "waiting": waiting / sum(line["seconds"] for line in lines),
-    }
+    return stage.batch / seconds[STEPS // 2], waiting / sum(seconds)
 
 
 def _load(stage: Stage, run: Run) -> float:
-    count = (WARM_UP + STEPS) * run.accumulation
-    batches = iter(loader(stage, range(count), 0, run))
+    """Return images per second."""
+    batches = iter(loader(stage, range((WARM_UP + STEPS) * run.accumulation), 0, run))
     for _ in range(WARM_UP * run.accumulation):
         next(batches)
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a run leaves to be looked at: a log, TensorBoard's scalars and pictures, and a summary."""
+"""What a run leaves to be looked at: a log, TensorBoard's scalars and images, and a summary."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from arbscale.training.checkpoints import write_text
+from arbscale import store
 
 LOG, SUMMARY = "log.jsonl", "summary.json"
 
 
 class RunLog:
-    """Writes into a run's folder, or nowhere: where there is none, or in all but one process.
+    """Writes into a run's folder, or nowhere: without a folder, and in all but one process.
 
-    `step` is where the stage goes on; what a killed run wrote after it is dropped.
+    `step` is where the stage resumes; what a killed run wrote after it is dropped.
     """
 
     def __init__(self, folder: Path | None, stage: str, step: int, main: bool):
@@ -26,8 +26,12 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._forget(step)
+        kept = [  # without what comes after `step`, and without a line that was cut off
+            json.dumps(line) + "\n"
+            for line in read_log(self.folder)
+            if line["stage"] != stage or line["step"] <= step
+        ]
+        store.write_text(self.folder / LOG, "".join(kept))
         self.file = (self.folder / LOG).open("a", encoding="utf-8")
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step)
 
@@ -40,15 +44,15 @@ class RunLog:
             for name, value in values.items():
                 self.board.add_scalar(f"{self.stage}/{name}", value, step)
 
-    def samples(self, step: int, pictures: list[tuple[Tensor, str]]) -> None:
-        """Write labelled pictures (3, H, W) as one sheet."""
-        if not self.active or not pictures:
+    def samples(self, step: int, images: list[tuple[Tensor, str]]) -> None:
+        """Write labelled images (3, H, W) as one sheet."""
+        if not self.active or not images:
             return
         from torchvision.transforms.functional import pil_to_tensor
 
         from arbscale.viz import contact_sheet
 
-        sheet = contact_sheet(pictures, columns=2, box=200)  # they come in pairs
+        sheet = contact_sheet(images, columns=2, box=200)  # they come in pairs
         path = self.folder / "samples" / f"{self.stage}-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         sheet.save(path)
@@ -58,22 +62,14 @@ class RunLog:
         """Add the stage to `summary.json`."""
         if self.active:
             stages = {**read_summary(self.folder), self.stage: values}
-            write_text(self.folder / SUMMARY, json.dumps(stages, indent=2, default=str) + "\n")
+            text = json.dumps(stages, indent=2, default=str)
+            store.write_text(self.folder / SUMMARY, text + "\n")
 
     def close(self) -> None:
         """Finish the files."""
         if self.active:
             self.file.close()
             self.board.close()
-
-    def _forget(self, step: int) -> None:
-        """Drop this stage's lines after `step`, and a line that was cut off."""
-        kept = [
-            json.dumps(line) + "\n"
-            for line in read_log(self.folder)
-            if line["stage"] != self.stage or line["step"] <= step
-        ]
-        write_text(self.folder / LOG, "".join(kept))
 
 
 def read_log(folder: Path) -> list[dict]:

@@ -1,13 +1,11 @@
-"""What a training step looks at: batches of pictures that can be seen in any size.
+"""What a training step looks at: batches of images that can be had at any size.
 
 A batch is a function of the generator alone. Where several processes share a batch, each draws the
-random numbers of all of it and looks at its own part.
+random numbers of all of it and reads its own part.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,32 +15,40 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from arbscale import store
 from arbscale.coords import cell
-from arbscale.data import Scenes, random_crop, render_scenes, resize, sample_scenes, scene_colors
+from arbscale.data import (
+    Scenes,
+    render_scenes,
+    resize,
+    sample_scenes,
+    scene_colors,
+    training_crop,
+)
 from arbscale.presets import Preset
 
 
 class Batch(Protocol):
-    """Some pictures that can be looked at in any size; `largest` is the last that they have."""
+    """Some images at any size; beyond `largest` there is no more detail."""
 
-    largest: int | None  # a side in pixels; None where there is no end
+    largest: int | None  # a side in pixels; None where there is no limit
 
     def image(self, size: int) -> Tensor:
-        """Return the pictures at `size`, (B, 3, size, size) in [-1, 1]."""
+        """Return the images at `size`, (B, 3, size, size) in [-1, 1]."""
 
     def colors(self, size: int, coords: Tensor) -> Tensor:
-        """Return the pictures' pixels at `size`, (B, N, 3), at pixel centres (B, N, 2)."""
+        """Return the images' pixels at `size`, (B, N, 3), at pixel centres (B, N, 2)."""
 
 
 class Source(Protocol):
-    """Something that draws pictures.
+    """Something that draws images.
 
-    A plain function of `n` and `generator` will do as long as one process draws whole batches. One
-    with an attribute `identity`, a text that differs where the pictures do, lets latents be cached.
+    A plain function of `n` and `generator` will do as long as one process draws whole batches. Its
+    attribute `identity`, a text that differs where the images do, lets latents be cached.
     """
 
     def __call__(self, n: int, generator: torch.Generator, part: slice | None = None) -> Batch:
-        """Draw n pictures and return those of `part`, by default all."""
+        """Draw n images and return those of `part`, by default all."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class PhotoBatch:
 
     @property
     def largest(self) -> int:
-        """Return s: beyond it there is nothing to learn from."""
+        """Return s."""
         return self.crops.shape[-1]
 
     def image(self, size: int) -> Tensor:
@@ -117,30 +123,26 @@ class PhotoSource:
         side = int(torch.randint(self.sides[0], self.sides[1] + 1, (), generator=generator))
         picks = torch.randint(len(self.images), (n,), generator=generator).tolist()
         seeds = torch.randint(1 << 62, (n,), generator=generator).tolist()
-        crops = [self._crop(picks[i], side, seeds[i]) for i in range(n)[part or slice(None)]]
+        wanted = range(n)[part or slice(None)]
+        crops = [training_crop(self.images[picks[i]], side, seeds[i]) for i in wanted]
         return PhotoBatch(torch.stack(crops))
 
     @cached_property
-    def count(self) -> int | None:
-        """How many pictures there are to draw, mirror images included; None where crops vary."""
+    def distinct(self) -> int | None:
+        """How many images there are to draw, mirror images included; None where crops vary."""
         whole = {*self.sides} == {*self.images[0].shape[-2:]} and self.sides[0] == self.sides[1]
         return 2 * len(self.images) if whole else None
 
     def pick(self, numbers: Sequence[int]) -> PhotoBatch:
-        """Return pictures by number, below `count`: each picture, then its mirror image."""
+        """Return images by number, below `distinct`: each image, then its mirror image."""
         images = [(self.images[n // 2], n % 2) for n in numbers]
         return PhotoBatch(torch.stack([x.flip(-1) if mirrored else x for x, mirrored in images]))
-
-    def _crop(self, index: int, side: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        crop = random_crop(self.images[index], side, generator)
-        return crop.flip(-1) if torch.rand((), generator=generator) < 0.5 else crop
 
     @cached_property
     def identity(self) -> str | None:
         """Which photographs and sides these are; None where only reading them all could tell."""
-        pictures = _identity(self.images)
-        return pictures and f"photographs {pictures}, crops {self.sides}"
+        images = _identity(self.images)
+        return images and f"photographs {images}, crops {self.sides}"
 
 
 @dataclass(frozen=True)
@@ -152,13 +154,13 @@ class MixedSource:
     share: float
 
     def __call__(self, n: int, generator: torch.Generator, part: slice | None = None) -> Batch:
-        """Draw n pictures of one of the sources; see `Source`."""
+        """Draw n images of one of the sources; see `Source`."""
         second = torch.rand((), generator=generator) < self.share
         return (self.second if second else self.first)(n, generator, part)
 
     @property
     def identity(self) -> str | None:
-        """Which pictures these are; None where one of the sources cannot tell."""
+        """Which images these are; None where one of the sources cannot tell."""
         names = [getattr(source, "identity", None) for source in (self.first, self.second)]
         return f"{names[0]}, or at {self.share} {names[1]}" if all(names) else None
 
@@ -169,48 +171,31 @@ def scene_source(count: int = 1 << 20, seed: int = 0) -> SceneSource:
 
 
 def photo_source(images: Sequence[Tensor], preset: Preset) -> PhotoSource:
-    """Draw random crops of photographs (3, H, W), flipped half of the time.
-
-    The crop's side is uniform between the encoder's input and the largest target, so that the
-    model sees details at several scales.
-    """
+    """Draw random crops, their side uniform between the encoder's input and the largest target."""
     smallest = preset.image_size
     return PhotoSource(images, (smallest, max(smallest, preset.target_sizes[1])))
 
 
 def whole_source(images: Sequence[Tensor], larger: Sequence[Tensor] | None = None) -> Source:
-    """Draw square pictures of one size whole, flipped half of the time.
+    """Draw square images of one size whole, flipped half of the time.
 
     `larger` holds some of them in a larger size: every fourth batch is drawn from it, so that
-    targets beyond the others' size can be learned. ValueError for pictures that are not square.
+    targets beyond the others' size can be learned. ValueError for images that are not square.
     """
-    sources = [PhotoSource(x, _square(x[0])) for x in (images, larger) if x is not None]
-    return MixedSource(*sources, share=0.25) if len(sources) > 1 else sources[0]
-
-
-def _square(image: Tensor) -> tuple[int, int]:
-    height, width = image.shape[-2:]
+    if larger is not None:
+        return MixedSource(whole_source(images), whole_source(larger), share=0.25)
+    height, width = images[0].shape[-2:]
     if height != width:
-        raise ValueError(
-            f"only square pictures can be taken whole, got one of {height} x {width}; crop them"
-        )
-    return height, width
+        raise ValueError(f"an image of {height} x {width} is not square; crop it, or omit --whole")
+    return PhotoSource(images, (height, width))
 
 
 def _identity(images: Any) -> str | None:
-    """Hash the files' names, sizes and times; or the pixels of pictures held in memory."""
-    digest = hashlib.sha256()
+    """Return a key of the files' names, sizes and times, or of the pixels of images in memory."""
     if isinstance(images, Subset):
         whole = _identity(images.dataset)
-        digest.update(json.dumps([whole, list(images.indices)]).encode())
-        return whole and digest.hexdigest()
+        return whole and store.content_key(whole, list(images.indices))
     if hasattr(images, "paths"):
-        stats = [(path, path.stat()) for path in images.paths]
-        files = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-        digest.update(json.dumps(files).encode())
-        return digest.hexdigest()
-    if not isinstance(images, list | tuple):
-        return None
-    for image in images:
-        digest.update(str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        stats = [(str(path), path.stat()) for path in images.paths]
+        return store.content_key([(name, s.st_size, s.st_mtime_ns) for name, s in stats])
+    return store.content_key(images) if isinstance(images, list | tuple) else None

@@ -19,7 +19,7 @@ BOX = 352  # side of the displayed box on the screen; resolution changes inside 
 def png(
     first_stage: FirstStage, features: Tensor, size: int | Size, window: Window | None = None
 ) -> bytes:
-    """Render features (1, C, h, w) at `size`, or a window of that picture, as a PNG file."""
+    """Render features (1, C, h, w) at `size`, or a window of that image, as a PNG file."""
     from arbscale.data import to_pil
 
     rgb = first_stage.render(features, size, window)[0].clamp(-1, 1)
@@ -35,7 +35,7 @@ def scale_slider(
     scale: float = 3.7,
     max_scale: float = 8.0,
 ) -> Any:
-    """Build a slider of the output's scale beside two views: the whole picture, and its middle.
+    """Build a slider of the output's scale beside two views: the whole image, and its middle.
 
     Parameters
     ----------

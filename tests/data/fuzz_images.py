@@ -1,6 +1,6 @@
-"""Feed mutated picture files to the readers: `python tests/data/fuzz_images.py --number 2000`.
+"""Feed mutated image files to the readers: `python tests/data/fuzz_images.py --number 2000`.
 
-Case i of a seed is always the same file. Whatever it holds, `load_image` gives a picture or one of
+Case i of a seed is always the same file. Whatever it holds, `load_image` gives an image or one of
 its two documented errors, `ImageFolder` goes on with what is readable, `check_file` says the
 same, and nothing takes longer than `SECONDS`. After a failure, a crash or a hang (which ends the
 run, with a trace) the files stay in the temporary folder. What libtiff prints is its own.
@@ -138,7 +138,7 @@ def read(path: Path) -> str:
 
 
 def read_folder(folder: Path, count: int) -> None:
-    """Go through a folder as a training does: every item is a picture, every bad file counted."""
+    """Go through a folder as training does: every item is an image, every bad file counted."""
     images = ImageFolder(folder, substitute=True)
     assert all(images[i].shape[0] == 3 for i in range(len(images)))
     assert len(images.skipped) + count == len(list(folder.iterdir())), folder

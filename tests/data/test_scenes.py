@@ -11,7 +11,7 @@ from arbscale.data import Scenes, render_scenes, sample_scenes, scene_colors
 
 
 def psnr(a, b):
-    """Return the PSNR of each picture of two batches in [-1, 1]."""
+    """Return the PSNR of each image of two batches in [-1, 1]."""
     return -10 * ((a - b) / 2).pow(2).mean(dim=(1, 2, 3)).log10()
 
 
@@ -31,7 +31,7 @@ def test_scenes_far_along_and_odd_seeds():
     assert len(sample_scenes(2, seed=-5, first=2**31)) == 2
     assert not same(sample_scenes(2, first=2**31), sample_scenes(2))
     assert len(sample_scenes(0)) == 0
-    with pytest.raises(ValueError, match="at least 0"):
+    with pytest.raises(ValueError, match="n=-1"):
         sample_scenes(-1)
 
 
@@ -49,7 +49,7 @@ def test_sampling_is_fast_enough_to_draw_while_training():
 
 
 def test_the_first_scenes_stay_what_they_were():
-    """Weights are trained on these pictures: a changed scene means changed data."""
+    """Weights are trained on these images: a changed scene means changed data."""
     means = render_scenes(sample_scenes(4), 16).mean(dim=(2, 3))
     expected = torch.tensor(
         [
@@ -93,18 +93,18 @@ def test_window_is_the_crop(monkeypatch):
     torch.testing.assert_close(render_scenes(scenes, (90, 131)), whole, atol=1e-5, rtol=0)
 
 
-def test_a_window_of_a_huge_picture_needs_little():
+def test_a_window_of_a_huge_image_needs_little():
     window = render_scenes(sample_scenes(1), 100_000, window=(60_000, 50_000, 32, 32))
     assert window.shape == (1, 3, 32, 32) and window.isfinite().all()
 
 
 def test_scattered_points_are_the_pixels():
     scenes = sample_scenes(5)
-    picture = render_scenes(scenes, 48)
+    image = render_scenes(scenes, 48)
     index = torch.randint(48 * 48, (5, 200), generator=torch.Generator().manual_seed(0))
     points = coords.grid((48, 48)).flatten(0, 1)[index]  # (5, 200, 2)
     colours = scene_colors(scenes, points, coords.cell((48, 48)).expand(5, 2))
-    pixels = picture.flatten(2).transpose(1, 2).gather(1, index[..., None].expand(-1, -1, 3))
+    pixels = image.flatten(2).transpose(1, 2).gather(1, index[..., None].expand(-1, -1, 3))
     torch.testing.assert_close(colours, pixels, atol=1e-5, rtol=0)
 
 
@@ -119,21 +119,21 @@ def test_each_scene_has_its_own_pixel_extent():
 
 @pytest.mark.parametrize("size", [1, 2, (1, 7), (64, 64)])
 def test_colours_are_finite_and_in_range(size):
-    picture = render_scenes(sample_scenes(200), size)
-    assert picture.shape == (200, 3, *coords.check_size(size)) and picture.dtype == torch.float32
-    assert picture.isfinite().all() and picture.abs().max() <= 1
+    image = render_scenes(sample_scenes(200), size)
+    assert image.shape == (200, 3, *coords.check_size(size)) and image.dtype == torch.float32
+    assert image.isfinite().all() and image.abs().max() <= 1
 
 
-def test_points_outside_the_picture_are_harmless():
+def test_points_outside_the_image_are_harmless():
     points = torch.tensor([[-5.0, 3.0], [5.0, -3.0], [0.0, 1.0], [1.0, 1.0]]).expand(20, 4, 2)
     assert scene_colors(sample_scenes(20), points, torch.full((20, 2), 0.03)).isfinite().all()
 
 
 def test_disagreeing_shapes_are_refused():
     scenes = sample_scenes(2)
-    with pytest.raises(ValueError, match=r"need coords \(2, N, 2\)"):
+    with pytest.raises(ValueError, match=r"\(3, 10, 2\)"):
         scene_colors(scenes, torch.zeros(3, 10, 2), torch.ones(3, 2))
-    with pytest.raises(ValueError, match="cells"):
+    with pytest.raises(ValueError, match=r"\(2,\)"):
         scene_colors(scenes, torch.zeros(2, 10, 2), torch.ones(2))
     with pytest.raises(ValueError, match="size"):
         render_scenes(scenes, 0)

@@ -1,4 +1,4 @@
-"""Pictures in and out, resizing against PIL, splits that do not leak, hostile files."""
+"""Images in and out, resizing against PIL, splits that do not leak, hostile files."""
 
 import numpy as np
 import pytest
@@ -17,17 +17,17 @@ def photo(height=40, width=60, seed=0):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Return a folder of twelve pictures, two of them in a sub-folder."""
+    """Return a folder of twelve images, two of them in a sub-folder."""
     (tmp_path / "sub").mkdir()
     for i in range(12):
         path = tmp_path / ("sub" if i > 9 else ".") / f"{i:02d}.png"
         Image.fromarray(photo(24 + i, 30, i)).save(path)
-    (tmp_path / "notes.md").write_text("no picture")
-    (tmp_path / ".hidden.png").write_bytes(b"not a picture")
+    (tmp_path / "notes.md").write_text("no image")
+    (tmp_path / ".hidden.png").write_bytes(b"not a image")
     return tmp_path
 
 
-# Pictures in and out
+# Images in and out
 
 
 def test_uint8_round_trip_is_exact():
@@ -113,7 +113,7 @@ def test_exif_orientation_is_applied(tmp_path):
     ],
     ids=str,
 )
-def test_what_is_no_picture_is_refused(wrong):
+def test_what_is_no_image_is_refused(wrong):
     with pytest.raises(ValueError):
         data.to_tensor(wrong)
 
@@ -135,7 +135,7 @@ def test_unreadable_files_say_which(tmp_path):
         with pytest.raises(ValueError, match=name):
             data.load_image(tmp_path / name)
     for missing in (tmp_path / "none.png", tmp_path):
-        with pytest.raises(FileNotFoundError, match="no picture"):
+        with pytest.raises(FileNotFoundError, match=str(missing)):
             data.load_image(missing)
 
 
@@ -156,7 +156,7 @@ def test_resize_takes_batches_and_clamps():
     edge[:, :, :4] = -1
     assert data.resize(edge, 64).abs().max() <= 1
     for wrong in (torch.zeros(8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="resize takes"):
+        with pytest.raises(ValueError, match=r"\(3, H, W\)"):
             data.resize(wrong, 4)
     with pytest.raises(ValueError, match="size"):
         data.resize(edge, (4, 0))
@@ -194,7 +194,7 @@ def test_low_high_pair_is_the_reduction_of_the_crop():
     low, high = data.low_high_pair(image, 4)
     assert torch.equal(high, image[:, :40, :60]) and torch.equal(low, data.resize(high, (10, 15)))
     for scale in (0.5, 42, float("nan"), float("inf"), -1):
-        with pytest.raises(ValueError, match="scale from 1 to 41"):
+        with pytest.raises(ValueError, match="41.*got"):
             data.low_high_pair(image, scale)
 
 
@@ -237,7 +237,7 @@ def test_folder_is_sorted_and_cached(folder, monkeypatch):
     first = images[0]
     assert torch.equal(first, data.load_image(folder / "00.png"))
     monkeypatch.setattr(folders, "load_image", lambda path: pytest.fail("decoded twice"))
-    first.zero_()  # what a user does to a picture does not reach the cache
+    first.zero_()  # what a user does to a image does not reach the cache
     assert not torch.equal(images[0], first)
     with pytest.raises(IndexError):
         images[12]
@@ -260,19 +260,19 @@ def test_split_list(folder):
         data.ImageFolder(folder, listing)
     for outside in ("../secret.png", "/etc/passwd"):
         listing.write_text(outside)
-        with pytest.raises(ValueError, match="paths inside"):
+        with pytest.raises(ValueError, match="train.txt"):
             data.ImageFolder(folder, listing)
     listing.write_text("\n")
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="train.txt"):
         data.ImageFolder(folder, listing)
-    with pytest.raises(FileNotFoundError, match="split list"):
+    with pytest.raises(FileNotFoundError, match="none.txt"):
         data.ImageFolder(folder, folder / "none.txt")
 
 
 def test_folders_that_hold_nothing(tmp_path):
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         data.ImageFolder(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="none"):
         data.ImageFolder(tmp_path / "none")
 
 
@@ -298,13 +298,10 @@ def test_patches_are_crops_and_their_mirror_images():
         flipped.append(torch.equal(crop, image.flip(-1)))
         assert flipped[-1] or torch.equal(crop, image)
     assert 15 < sum(flipped) < 45
-    plain = data.PatchDataset([image], (1, 3), augment=False)
-    for plain.epoch in range(20):
-        assert torch.equal(plain[0], image)
 
 
 def test_patches_through_a_loader(folder):
-    patches = data.PatchDataset(data.ImageFolder(folder), 48)  # larger than the pictures
+    patches = data.PatchDataset(data.ImageFolder(folder), 48)  # larger than the images
     loader = torch.utils.data.DataLoader(patches, batch_size=4)
     assert [batch.shape for batch in loader] == [(4, 3, 48, 48)] * 3
 
@@ -314,14 +311,14 @@ def test_patches_through_a_loader(folder):
 
 def test_data_root(monkeypatch, tmp_path):
     monkeypatch.delenv("ARBSCALE_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match="export ARBSCALE_DATA"):
+    with pytest.raises(FileNotFoundError, match="ARBSCALE_DATA"):
         data.open_dataset("sr")
     monkeypatch.setenv("ARBSCALE_DATA", str(tmp_path / "none"))
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "none")):
         data.data_root()
     monkeypatch.setenv("ARBSCALE_DATA", str(tmp_path))
     assert data.data_root() == tmp_path
-    with pytest.raises(FileNotFoundError, match="neither"):
+    with pytest.raises(FileNotFoundError, match="sr"):
         data.open_dataset("sr")
 
 
@@ -333,7 +330,7 @@ def test_open_a_folder_with_lists(folder, monkeypatch):
     assert len(data.open_dataset(folder.name)) == 2
     assert len(data.open_dataset(folder, "val")) == 1
     assert len(data.open_dataset(str(folder), "all")) == 12
-    with pytest.raises(FileNotFoundError, match="lists for train, val"):
+    with pytest.raises(FileNotFoundError, match="test.txt.*train, val"):
         data.open_dataset(folder, "test")
 
 
@@ -342,9 +339,9 @@ def test_open_a_folder_without_lists(folder):
     assert [len(part) for part in parts] == [10, 1, 1]
     assert len({path for part in parts for path in part}) == 12
     assert data.open_dataset(folder, "val").paths == parts[1]
-    with pytest.raises(ValueError, match="a split is one of"):
+    with pytest.raises(ValueError, match=", ".join(folders.SPLITS)):
         data.open_dataset(folder, "validation")
-    with pytest.raises(ValueError, match="cannot be split"):
+    with pytest.raises(ValueError, match="^2 "):
         data.open_dataset(folder / "sub")
 
 
@@ -354,52 +351,14 @@ def test_open_div2k(tmp_path):
         for i in range(n):
             Image.fromarray(photo(8, 8)).save(tmp_path / name / f"{i:04d}.png")
     assert len(data.open_dataset(tmp_path)) == 3 and len(data.open_dataset(tmp_path, "val")) == 2
-    with pytest.raises(ValueError, match="never published"):
+    with pytest.raises(ValueError, match="train, val"):
         data.open_dataset(tmp_path, "test")
 
 
 def test_open_scenes():
     assert data.open_dataset("scenes", "val")[0].shape == (3, 64, 64)
-    with pytest.raises(ValueError, match="a split is one of"):
+    with pytest.raises(ValueError, match=", ".join(folders.SPLITS)):
         data.open_dataset("scenes", "all")
-
-
-# Patches, pairs
-
-
-def test_patches_are_turned_where_asked():
-    image = torch.rand(3, 2, 2)
-    wanted = {
-        tuple(turned.rot90(k, (-2, -1)).flatten().tolist())
-        for turned in (image, image.flip(-1))
-        for k in range(4)
-    }
-    patches = data.PatchDataset([image], 2, rotate=True)
-    seen = set()
-    for patches.epoch in range(100):
-        seen.add(tuple(patches[0].flatten().tolist()))
-    assert seen == wanted and len(wanted) == 8
-    upright = data.PatchDataset([image], 2)
-    for upright.epoch in range(20):  # the flips do not depend on what comes after them
-        patches.epoch = upright.epoch
-        turns = [patches[0].rot90(-k, (-2, -1)) for k in range(4)]
-        assert any(torch.equal(turn, upright[0]) for turn in turns)
-    with pytest.raises(ValueError, match="square"):
-        data.PatchDataset([image], (1, 2), rotate=True)
-
-
-@pytest.mark.parametrize("scale", [1, 2.7, 4])
-def test_pairs_of_patches_and_of_whole_pictures(folder, scale):
-    images = data.ImageFolder(folder)
-    for pictures in (images, data.PatchDataset(images, 20)):
-        pairs = data.PairDataset(pictures, scale)
-        assert len(pairs) == 12
-        low, high = pairs[-1]
-        assert high.shape[1:] == tuple(round(scale * n) for n in low.shape[1:])
-        assert torch.equal(high, pictures[11][:, : high.shape[1], : high.shape[2]])
-        assert torch.equal(low, data.resize(high, tuple(low.shape[1:])))
-    loader = torch.utils.data.DataLoader(pairs, batch_size=6)
-    assert sum(len(low) for low, _ in loader) == 12
 
 
 # torchvision's data sets, as it would find them on a disk
@@ -420,7 +379,7 @@ def write(path, seed):
 def test_celeba(root, monkeypatch):
     from torchvision.datasets import CelebA
 
-    with pytest.raises(FileNotFoundError, match="CelebA.ARBSCALE_DATA, download=True"):
+    with pytest.raises(FileNotFoundError, match="CelebA"):
         data.open_dataset("celeba")
     names = [f"{i:06d}.jpg" for i in range(1, 8)]
     for i, name in enumerate(names):
@@ -443,7 +402,7 @@ def test_celeba(root, monkeypatch):
     assert len(data.open_dataset("celeba", subset=2)) == 2
     with pytest.raises(IndexError):
         parts[2][2]
-    with pytest.raises(ValueError, match="a split is one of"):
+    with pytest.raises(ValueError, match=", ".join(folders.SPLITS)):
         data.open_dataset("celeba", "valid")
 
 
@@ -451,7 +410,7 @@ def test_flowers102(root, monkeypatch):
     from scipy.io import savemat
     from torchvision.datasets import Flowers102
 
-    with pytest.raises(FileNotFoundError, match="Flowers102.ARBSCALE_DATA"):
+    with pytest.raises(FileNotFoundError, match="Flowers102"):
         data.open_dataset("flowers102")
     base = root / "flowers-102"
     for i in range(1, 5):
@@ -504,7 +463,7 @@ def test_lsun(root, monkeypatch):
     for split in ("train", "val"):
         (root / "lsun" / f"tower_{split}_lmdb").mkdir(parents=True)
     monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(RuntimeError, match="pip install lmdb"):
+    with pytest.raises(RuntimeError, match="lmdb"):
         data.open_dataset("lsun_tower")
 
     def open_environment(path, **options):
@@ -519,14 +478,14 @@ def test_lsun(root, monkeypatch):
     train, whole = data.open_dataset("lsun_tower"), data.open_dataset("lsun_tower", "all")
     assert len(train) == 3 and len(whole) == 4
     assert torch.equal(train[2], data.to_tensor(photo(seed=2)))
-    with pytest.raises(ValueError, match="it has train and val"):
+    with pytest.raises(ValueError, match="lsun_tower.*test"):
         data.open_dataset("lsun_tower", "test")
-    with pytest.raises(FileNotFoundError, match="lsun_tower, lsun_bedroom"):
+    with pytest.raises(FileNotFoundError, match="lsun_tower"):
         data.open_dataset("lsun")
 
 
 def test_a_folder_may_have_a_similar_name(root):
     write(root / "celeba_hq" / "a.png", 0)
     assert len(data.open_dataset("celeba_hq", "all")) == 1
-    with pytest.raises(FileNotFoundError, match="arbscale download afhq"):
+    with pytest.raises(FileNotFoundError, match="download afhq"):
         data.open_dataset("afhq_cats")

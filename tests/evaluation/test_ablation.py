@@ -1,4 +1,4 @@
-"""The comparison of denoisers: equal costs, one command for both data sets, stopped and gone on."""
+"""The comparison of denoisers: equal costs, one command for both data sets, stopped and resumed."""
 
 import dataclasses
 import functools
@@ -38,6 +38,7 @@ def test_the_presets_denoiser_is_the_winner_and_the_shipped_weights_are_of_the_f
             assert str(presets.build_denoiser(preset)) == str(presets.build_denoiser(same))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", COMPARISONS)
 def test_what_is_called_equal_is_equal(title):
     key = "parameters" if title.endswith("parameters") else "multiply_adds"
@@ -144,14 +145,14 @@ def test_one_command_for_both_data_sets(small, monkeypatch, capsys):
         assert run["distance"] > 0 and 0 <= run["precision"] <= 1 and 0 <= run["recall"] <= 1
     assert len({r["loss"] for r in runs}) == len(runs)
     said = capsys.readouterr().out
-    assert "cats, equal compute:" in said and "| held-out real pictures |" in said
+    assert "cats, equal compute:" in said and "| held-out real images |" in said
     assert "run 14 of 14: cats, transformer, seed 1" in said
     monkeypatch.setattr(training, "train_diffusion", None)  # all is there: nothing runs again
     again = ablation.ablate(QUICK, ablation.open_folder(folder))
     assert without_times(json.loads(json.dumps(again))) == without_times(report)
 
 
-def test_a_stopped_comparison_goes_on_to_the_same_end(small, monkeypatch):
+def test_a_resumed_comparison_ends_as_a_whole_one(small, monkeypatch):
     settings = dataclasses.replace(QUICK, comparisons=("scenes, equal compute",))
     whole = ablation.ablate(settings, ablation.open_folder(small / "whole"))
     train, calls = training.train_diffusion, []
@@ -179,7 +180,7 @@ def test_other_settings_are_other_pieces(small):
 
 
 def test_nonsense_is_refused():
-    with pytest.raises(ValueError, match="no comparison 'dogs'; there are: scenes, equal compute"):
+    with pytest.raises(ValueError, match="'dogs'.*scenes, equal compute"):
         Settings(comparisons=("dogs",))
-    with pytest.raises(ValueError, match="seeds and steps are at least 1"):
+    with pytest.raises(ValueError, match="seeds=0"):
         Settings(seeds=0)

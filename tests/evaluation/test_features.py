@@ -12,8 +12,14 @@ import torch.nn.functional as F
 
 from arbscale import ArbitraryScaleModel
 from arbscale.data import ContinuousScenes, ImageFolder, resize, to_pil
-from arbscale.evaluation import Extractor, extractor, reference_features
-from arbscale.evaluation.features import backbone_file, backbone_state, fingerprint
+from arbscale.evaluation import extractor
+from arbscale.evaluation.features import (
+    Extractor,
+    backbone_file,
+    backbone_state,
+    fingerprint,
+    reference_features,
+)
 
 WEIGHTS = Path(os.environ.get("ARBSCALE_WEIGHTS", "")).expanduser() / "alexnet_features.pth"
 needs_weights = pytest.mark.skipif(
@@ -78,9 +84,9 @@ def test_extractors_refuse_what_is_no_picture():
     network = Extractor("n", "n", 3, "0", lambda x: x.float().mean((2, 3)))
     with pytest.raises(ValueError, match="NaN"):
         network(torch.full((1, 3, 4, 4), math.nan))
-    with pytest.raises(ValueError, match=r"\(B, 3, H, W\).*uint8"):
+    with pytest.raises(ValueError, match="uint8"):
         network(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="unknown features 'clip'; take one of encoder, alexnet"):
+    with pytest.raises(ValueError, match="'clip'.*encoder, alexnet"):
         extractor("clip")
 
 
@@ -90,7 +96,7 @@ def test_backbones_are_searched_for_in_order(tmp_path, monkeypatch):
     cache.mkdir(parents=True)
     monkeypatch.delenv("ARBSCALE_WEIGHTS", raising=False)
     assert backbone_file("alexnet") is None
-    with pytest.raises(FileNotFoundError, match="ARBSCALE_WEIGHTS.*alexnet_features.pth"):
+    with pytest.raises(FileNotFoundError, match="alexnet_features.pth.*ARBSCALE_WEIGHTS"):
         backbone_state("alexnet")
     state = {"features.0.weight": torch.ones(1), "classifier.1.weight": torch.ones(1)}
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: state)

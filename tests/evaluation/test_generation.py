@@ -1,4 +1,4 @@
-"""Scores of generated pictures against real ones, with an untrained miniature."""
+"""Scores of generated images against real ones, with an untrained miniature."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import torch
 
 from arbscale import ArbitraryScaleModel, presets
 from arbscale.data import ContinuousScenes, resize
-from arbscale.evaluation import (
-    Extractor,
+from arbscale.evaluation import Partial, features, sets
+from arbscale.evaluation.features import Extractor
+from arbscale.evaluation.sets import (
+    CEILING,
+    FLOOR,
+    OURS,
+    OWN,
     Job,
-    Partial,
     RealPictures,
-    Sampling,
     evaluate_generation,
-    features,
-    sets,
 )
-from arbscale.evaluation.sets import CEILING, FLOOR, OURS, OWN
 from arbscale.metrics import frechet_distance, precision_recall, self_ssim
+from arbscale.samplers import Sampling
 
 CALLS = []
 
@@ -59,7 +60,7 @@ def test_every_size_has_its_rows_and_they_are_what_they_say(job, tmp_path):
         (40, m) for m in (OWN, OURS, CEILING, FLOOR)
     }
     assert found[40, OURS]["pictures"] == 22 and found[40, FLOOR]["pictures"] == 24
-    # The numbers again, from pictures made here.
+    # The numbers again, from images made here.
     z = torch.cat([job.model.sample(20, 100_000, 2), job.model.sample(2, 100_001, 2)])
     size, network = (40, 40), colours()
     train, test = (ContinuousScenes(24, size, split=s).batch(0, 24) for s in ("train", "test"))
@@ -131,7 +132,8 @@ def test_sizes_without_real_pictures_have_no_distance(job, tmp_path, capsys):
     )
     results = evaluate_generation(job, Partial(None, {}))
     assert {tuple(row["size"]) for row in results["rows"]} == {(32, 32)}
-    assert "no distance at 40 x 40: the real pictures have 36 x 44" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "40 x 40" in told and "36 x 44" in told
     assert results["patches"]["sizes"] == [32, 36]
     assert results["neighbours"]["pictures"] == 9
     assert results["neighbours"][FLOOR] == pytest.approx([0] * 5, abs=1e-6)  # they are the same
@@ -145,34 +147,34 @@ def test_sizes_without_real_pictures_have_no_distance(job, tmp_path, capsys):
     assert evaluate_generation(small, Partial(None, {}))["patches"] is None
 
 
-def test_real_pictures_are_reduced_never_enlarged():
+def test_real_images_are_reduced_never_enlarged():
     image = torch.rand(3, 60, 90) * 2 - 1
     real = RealPictures([image] * 8, 8)
     square = resize(image[:, :, 15:75], (30, 30))
     torch.testing.assert_close(real.one(3, (30, 30)), square)
     torch.testing.assert_close(real.one(3, (30, 30), (4, 5, 10, 12)), square[:, 4:14, 5:17])
     assert real.batch(0, (30, 30)).shape == (8, 3, 30, 30)
-    with pytest.raises(ValueError, match="picture 2 has 60 x 90 .* no reference for 61 x 61"):
+    with pytest.raises(ValueError, match="image 2.* 60 x 60.* 61 x 61"):
         real.one(2, (61, 61))
     scenes = RealPictures(ContinuousScenes(8, 16), 8)
     crop = scenes.one(1, (40, 40), (3, 4, 20, 30))
     torch.testing.assert_close(crop, scenes.one(1, (40, 40))[:, 3:23, 4:34])
-    with pytest.raises(ValueError, match="8 pictures or more, got 7"):
+    with pytest.raises(ValueError, match="8 .*7"):
         RealPictures([image] * 7, 7)
 
 
-def test_jobs_that_cannot_be_done(job, capsys):
-    with pytest.raises(ValueError, match="one aspect ratio"):
+def test_jobs_that_cannot_be_done(job):
+    with pytest.raises(ValueError, match="aspect ratio"):
         sets.check(dataclasses.replace(job, sizes=((32, 32), (32, 64))), False)
-    with pytest.raises(ValueError, match="sides of 16 px"):
+    with pytest.raises(ValueError, match="16 px"):
         sets.check(dataclasses.replace(job, sizes=((32, 32), (12, 12))), False)
-    with pytest.raises(ValueError, match="unknown features 'clip'; take one of encoder, alexnet"):
+    with pytest.raises(ValueError, match="'clip'.*encoder, alexnet"):
         sets.check(dataclasses.replace(job, features="clip"), False)
     few = dataclasses.replace(job, features="inception")
-    with pytest.raises(ValueError, match="FID needs 2048 pictures .* got 22 and 24.*--allow-few"):
+    with pytest.raises(ValueError, match="2048 .*22.*--allow-few"):
         sets.check(few, False)
-    sets.check(few, True)
-    assert "FID over 22 pictures is biased" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="22"):
+        sets.check(few, True)
 
 
 def test_inception_goes_with_vgg16(job):

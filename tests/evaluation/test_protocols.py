@@ -57,7 +57,7 @@ def test_the_papers_faces_have_a_low_size_of_16():
     flat = torch.zeros(3, 100, 140)
     flat[..., :20] = flat[..., -20:] = 1  # outside the centred square
     assert get_protocol("paper_faces").pair(flat, 5)[1].abs().max() == 0
-    with pytest.raises(ValueError, match="128 px or more, got 100 x 140"):
+    with pytest.raises(ValueError, match="128 px.*100 x 140"):
         get_protocol("paper_faces").pair(flat, 8)
 
 
@@ -75,7 +75,7 @@ def test_the_papers_div2k_takes_one_random_crop():
 
 
 def test_unknown_names_and_descriptions():
-    with pytest.raises(ValueError, match="take one of whole, benchmark, div2k, paper_faces"):
+    with pytest.raises(ValueError, match="set5.*whole, benchmark, div2k, paper_faces"):
         get_protocol("set5")
     for name, rule in PROTOCOLS.items():
         assert rule.describe()["name"] == name and "bicubic" in rule.describe()["low"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -40,22 +42,24 @@ def test_another_protocol_starts_afresh(tmp_path):
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/thesis.txt").write_text("")
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="/a "):
         Partial(tmp_path / "a", {})
     assert (tmp_path / "a/thesis.txt").is_file()
     (tmp_path / "a/thesis.txt").unlink()
     assert Partial(tmp_path / "a", {}).folder == tmp_path / "a"
 
 
-def test_what_was_not_finished_does_not_count(tmp_path):
+def test_what_was_not_finished_does_not_count(tmp_path, monkeypatch):
     partial = Partial(tmp_path / "a", {})
 
-    def stopped(path):
-        path.write_text("{")
+    def stopped(draft, text, encoding):
+        draft.write_bytes(b"{")
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        partial._write(partial.folder / "one.json", stopped)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", stopped)
+        partial.numbers("one", dict)
+    assert [path.name for path in partial.folder.iterdir()] == ["protocol.json"]
     work = Counter()
     partial.numbers("one", work)
     assert work.calls == 1

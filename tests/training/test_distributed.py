@@ -8,6 +8,8 @@ import pytest
 
 from arbscale.training import read_log, read_summary
 
+pytestmark = pytest.mark.slow
+
 STAGES = ("autoencoder", "decoder", "diffusion", "alignment")
 TRAINING = (
     "train tiny --steps 20 20 20 20 --pool 32 --log-every 1 --sample-every 20 --max-weight 5 "

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from arbscale import presets
 from arbscale.training import (
@@ -78,19 +79,20 @@ def test_the_learning_rate_is_pytorchs_warm_up_and_cosine(steps):
             schedule.step()
 
 
-def test_the_average_of_the_weights_by_hand():
-    history = []
-    stage = Line(lambda step: history.append(stage.net.weight.detach().clone()))
-    start = stage.net.weight.detach().clone()
-    optimise(stage, 12)
-    average = start
-    for step, weight in enumerate(history[1:]):  # seen before the next step
-        decay = min(0.999, (1 + step) / (10 + step))
+@pytest.mark.parametrize("highest", [0.999, 0.3])
+def test_the_average_of_the_weights_by_hand(highest):
+    stage, after = Line(), []
+    average = stage.net.weight.detach().clone()
+    noted = register_optimizer_step_post_hook(
+        lambda *_: after.append(stage.net.weight.detach().clone())
+    )
+    optimise(stage, 12, run=Run(ema_decay=highest))
+    noted.remove()
+    for step, weight in enumerate(after):
+        decay = min(highest, (1 + step) / (10 + step))
         average = decay * average + (1 - decay) * weight
-    left = stage.net.weight.detach()
-    bound = (left - average).abs().max()  # the last step's share is at most (1 - 12/21) of a move
-    assert 0 < bound < 0.12
-    assert not torch.allclose(left, history[-1])
+    assert len(after) == 12 and not torch.allclose(average, after[-1])
+    torch.testing.assert_close(stage.net.weight.detach(), average)
 
 
 def test_a_step_is_a_function_of_its_number():
@@ -129,7 +131,7 @@ def test_a_resumed_run_ends_as_if_nothing_had_happened(tmp_path, stop):
             os.kill(os.getpid(), signal.SIGTERM)
 
     whole = trained(folder=tmp_path / "whole")
-    with pytest.raises(RuntimeError, match=f"stopped by SIGTERM; .* of step {stop} in"):
+    with pytest.raises(RuntimeError, match=f"SIGTERM.*step-0+{stop}$"):
         trained(Line(interrupt), folder=tmp_path / "cut", save_every=3)
     losses, weight = trained(folder=tmp_path / "cut", resume=True, save_every=3)
     assert losses == whole[0] and torch.equal(weight, whole[1])
@@ -164,25 +166,23 @@ def test_a_damaged_newest_checkpoint_costs_time_alone(tmp_path):
         trained(Line(interrupt), folder=tmp_path, save_every=3)
     newest = checkpoints.saved(tmp_path / "checkpoints" / "line")[0]
     (newest / "state.safetensors").write_bytes(b"nothing")
-    with pytest.warns(UserWarning, match="damaged"):
+    with pytest.warns(UserWarning, match=newest.name):
         losses, weight = trained(folder=tmp_path, resume=True)
     assert losses == whole[0] and torch.equal(weight, whole[1])
 
 
 def test_a_run_is_not_overwritten_nor_mixed(tmp_path):
     trained(folder=tmp_path, steps=4)
-    with pytest.raises(ValueError, match="already holds a run of line: resume it"):
+    with pytest.raises(ValueError, match="line"):
         trained(folder=tmp_path, steps=4)
-    with pytest.raises(ValueError, match="other settings .steps was 4 and is 6"):
+    with pytest.raises(ValueError, match="steps.*4.*6"):
         trained(folder=tmp_path, steps=6, resume=True)
 
 
 # Bad ends -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("bad", "what"), [("loss", "loss became nan"), ("grad", "gradient became")]
-)
+@pytest.mark.parametrize(("bad", "what"), [("loss", "loss.*nan"), ("grad", "gradient")])
 def test_what_is_not_finite_stops_before_it_spoils_anything(tmp_path, bad, what):
     stage = Line()
 
@@ -193,7 +193,7 @@ def test_what_is_not_finite_stops_before_it_spoils_anything(tmp_path, bad, what)
         return loss * float("nan") if bad == "loss" else loss + (stage.net.weight * 0).sum().sqrt()
 
     stage.forward = forward
-    with pytest.raises(RuntimeError, match=f"line: the {what}.*lower learning rate.*of step 6"):
+    with pytest.raises(RuntimeError, match=f"line.*{what}.*step-0+6$"):
         trained(stage, folder=tmp_path, save_every=3)
     state, record = checkpoints.load_newest(tmp_path / "checkpoints" / "line")
     assert record["step"] == 6 and all(t.isfinite().all() for t in state.values())
@@ -209,7 +209,7 @@ def test_a_full_disk_ends_with_the_old_checkpoint(tmp_path, monkeypatch):
         save(tensors, path)
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(RuntimeError, match="No space left.*the checkpoint of step 3 .* is intact"):
+    with pytest.raises(RuntimeError, match="No space left.*step-0+3$"):
         trained(folder=tmp_path, save_every=3)
     monkeypatch.undo()
     losses, weight = trained(folder=tmp_path, resume=True)
@@ -220,12 +220,12 @@ def test_a_full_disk_ends_with_the_old_checkpoint(tmp_path, monkeypatch):
 def test_without_a_folder_nothing_is_promised(monkeypatch):
     stage = Line()
     stage.forward = lambda x: stage.net(x).mean() * float("inf")
-    with pytest.raises(RuntimeError, match="take a lower learning rate$"):
+    with pytest.raises(RuntimeError, match="line.*loss.*inf"):
         trained(stage)
 
 
 def test_a_batch_that_cannot_be_shared():
-    with pytest.raises(ValueError, match="8 pictures a step .* take a multiple of 3"):
+    with pytest.raises(ValueError, match="line.*8.*3"):
         trained(accumulation=3)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
 from arbscale import presets
+from arbscale.autoencoder import TinyEncoder
 from arbscale.coords import grid
 from arbscale.data import ImageFolder, resize, to_pil
 from arbscale.diffusion import alignment_loss
@@ -19,17 +20,19 @@ from arbscale.model import ArbitraryScaleModel
 from arbscale.training import (
     PhotoBatch,
     Run,
+    denoiser,
+    distil_encoder,
     finetune_alignment,
+    first_stage,
     photo_source,
     scene_source,
-    stages,
     train_autoencoder,
     train_decoder,
     train_diffusion,
     train_first_stage,
     whole_source,
 )
-from arbscale.training.loop import make_accelerator
+from arbscale.training.processes import make_accelerator
 
 
 def shrunken(low_size: int | None = None, **changes) -> presets.Preset:
@@ -74,7 +77,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def test_pictures_are_taken_whole():
     images = [torch.full((3, 20, 20), k / 10) for k in range(3)]
     larger = [torch.full((3, 40, 40), -0.5)]
-    with pytest.raises(ValueError, match="only square pictures .* got one of 20 x 18; crop them"):
+    with pytest.raises(ValueError, match="20 x 18"):
         whole_source([images[0][..., :18]])
     assert whole_source(images)(2, seeded()).largest == 20
     source, generator = whole_source(images, larger), seeded()
@@ -86,8 +89,8 @@ def test_pictures_are_taken_whole():
 
 def test_no_target_is_larger_than_the_pictures():
     preset, images = shrunken(target_sizes=(8, 64)), [torch.rand(3, 24, 24)] * 2
-    first_stage = presets.build_first_stage(preset)
-    stage = stages.DecoderStage(first_stage, whole_source(images), preset, False)
+    decoding = presets.build_first_stage(preset)
+    stage = first_stage.DecoderStage(decoding, whole_source(images), preset, False)
     cells = [stage.draw(seeded(k), slice(0, stage.batch))["cells"][0, 0] for k in range(40)]
     sizes = [round(2 / c.item()) for c in cells]
     assert max(sizes) <= 24 and len(set(sizes)) > 8
@@ -141,6 +144,21 @@ def test_autoencoder_learns():
     encoder, decoder = presets.build_encoder(preset), presets.build_decoder(preset)
     losses = train_autoencoder(encoder, decoder, SOURCE, preset, steps=40)
     assert len(losses) == 40 and falls(losses, 0.75)
+
+
+@pytest.mark.parametrize("width", [16, 24])
+def test_a_student_learns_its_teachers_latents(width):
+    torch.manual_seed(0)
+    teacher, student = TinyEncoder(24, 4), TinyEncoder(width, 4)
+    before, fresh = state(teacher), state(student)
+    preset = shrunken(first_stage_lr=2e-3)
+    losses = distil_encoder(student, teacher, SOURCE, preset, steps=40)
+    assert len(losses) == 40 and falls(losses, 0.7)
+    assert same(before, state(teacher)) and not same(fresh, state(student))
+    with torch.no_grad():
+        image = SOURCE(4, seeded(9)).image(16)
+        assert student(image).shape == (4, 4, 2, 2)
+        assert not torch.equal(student(image), teacher(image))
 
 
 def test_decoder_learns_and_the_encoder_is_frozen():
@@ -301,9 +319,9 @@ def test_the_pool_holds_what_single_calls_give():
     """Latents and conditions, scaled."""
     model = build(4)
     fixed = SOURCE(8, seeded())
-    stage = stages.DiffusionStage(model, lambda n, g: fixed, 8)
+    stage = denoiser.DiffusionStage(model, lambda n, g: fixed, 8)
     run = Run()
-    stage.prepare(run, make_accelerator(run, model.device), 0)
+    stage.prepare(run, make_accelerator(run.precision, model.device), 0)
     drawn = stage.draw(seeded(5), slice(2, 6))
     picks = torch.randint(8, (8,), generator=seeded(5))[2:6]
     with torch.no_grad():
@@ -314,6 +332,24 @@ def test_the_pool_holds_what_single_calls_give():
     assert z.std().item() == pytest.approx(1, rel=1e-4)
 
 
+@pytest.mark.parametrize("pool", [None, 5])
+def test_each_whole_image_is_encoded_once_with_its_mirror_image(pool):
+    model = build()
+    images = [torch.rand(3, 16, 16, generator=seeded(k)) * 2 - 1 for k in range(3)]
+    source = whole_source(images)
+    assert source.distinct == 6 and photo_source(images, model.preset).distinct is None
+    picked = source.pick(range(6)).image(16)
+    assert all(torch.equal(picked[2 * k], images[k]) for k in range(3))
+    assert torch.equal(picked[1::2], picked[::2].flip(-1))
+    stage, run = denoiser.DiffusionStage(model, source, pool), Run()
+    stage.prepare(run, make_accelerator(run.precision, model.device), 0)
+    assert len(stage.latents) == (pool or 6)
+    if pool is None:
+        with torch.no_grad():
+            z = model.first_stage.encode(picked)
+        torch.testing.assert_close(stage.latents[torch.arange(6)][0], z)
+
+
 # Options of the losses ----------------------------------------------------------------------------
 
 
@@ -321,11 +357,12 @@ def test_the_pool_holds_what_single_calls_give():
 def test_windows_are_neighbouring_pixels(crop):
     """Of each picture its own, at most the whole of it."""
     model = build(crop=crop)
-    stage = stages.DecoderStage(model.first_stage, SOURCE, model.preset, True)
+    stage = first_stage.DecoderStage(model.first_stage, SOURCE, model.preset, True)
     drawn = stage.draw(seeded(), slice(0, 4))
-    cells, points = drawn["cells"], drawn["coords"][:, stages.POINTS :]  # beside scattered ones
+    cells = drawn["cells"]
+    points = drawn["coords"][:, first_stage.POINTS :]  # beside scattered ones
     if not crop:
-        assert drawn["coords"].shape == (4, stages.POINTS, 2)
+        assert drawn["coords"].shape == (4, first_stage.POINTS, 2)
         return
     side = math.isqrt(points.shape[1])
     size = round(2 / cells[0, 0].item())
@@ -361,7 +398,7 @@ def test_v_is_another_reading_of_the_same_network():
     torch.testing.assert_close(eps, noise, atol=1e-4, rtol=1e-4)
     wrong = torch.randn(v.shape, generator=seeded())
     model.denoiser.forward = lambda z, t, condition: v + wrong
-    stage = stages.DiffusionStage(model, SOURCE, 4)
+    stage = denoiser.DiffusionStage(model, SOURCE, 4)
     expected = wrong.square().mean()
     torch.testing.assert_close(stage(z0, t, noise), expected, rtol=1e-3, atol=0)
 
@@ -375,11 +412,11 @@ def test_v_learns_and_samples():
 @pytest.mark.parametrize(("size", "share"), [(32, 1), (64, 1), (128, 1 / 16)])
 def test_lpips_counts_less_beyond_twice_what_the_encoder_sees(monkeypatch, size, share):
     model = build(lpips_weight=1.0, image_size=32, target_sizes=(size, size), crop=32)
-    stage = stages.DecoderStage(model.first_stage, SOURCE, model.preset, True)
+    stage = first_stage.DecoderStage(model.first_stage, SOURCE, model.preset, True)
     drawn = stage.draw(seeded(), slice(0, 4))
     losses = []
     for value in (0.0, 5.0):
-        monkeypatch.setattr(stages, "_perceptual", lambda *_, value=value: value)
+        monkeypatch.setattr(first_stage, "_perceptual", lambda *_, value=value: value)
         losses.append(stage(**drawn).item())
     assert losses[1] - losses[0] == pytest.approx(5 * share, rel=1e-4)
 
@@ -420,6 +457,7 @@ def test_memory_is_saved_without_a_change():
     assert ends[2] == pytest.approx(ends[0], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"precision": "bf16"}, {"channels_last": True}])
 def test_other_arithmetic_learns_as_well(options):
     run = Run(**options)
@@ -436,9 +474,9 @@ def test_previews_of_every_stage():
         model = build(low_size)
         helper = presets.build_decoder(model.preset)
         made = [
-            stages.AutoencoderStage(model.first_stage.encoder, helper, SOURCE, model.preset),
-            stages.DecoderStage(model.first_stage, SOURCE, model.preset, True),
-            stages.AlignmentStage(model, SOURCE, None),
+            first_stage.AutoencoderStage(model.first_stage.encoder, helper, SOURCE, model.preset),
+            first_stage.DecoderStage(model.first_stage, SOURCE, model.preset, True),
+            denoiser.AlignmentStage(model, SOURCE, None),
         ]
         for stage in made:
             items = stage.preview()
@@ -479,5 +517,5 @@ def test_parts_make_the_whole(draw):
 def test_a_loss_that_is_not_finite_stops_the_training():
     model = build()
     broken = PhotoBatch(torch.full((4, 3, 16, 16), float("nan")))
-    with pytest.raises(RuntimeError, match="decoder: the loss became nan at step 0; take a lower"):
+    with pytest.raises(RuntimeError, match="decoder.*nan.*step 0"):
         train_decoder(model.first_stage, lambda n, g: broken, model.preset, 3)

@@ -16,6 +16,8 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 KILLS = 21  # besides those that come soon after a resumption
 
 
@@ -23,9 +25,8 @@ def train(folder: Path) -> str:
     """All four stages with checkpoints in `folder`; return a hash of what was learned."""
     import torch
 
-    from arbscale import presets, training
+    from arbscale import presets, store, training
     from arbscale.model import ArbitraryScaleModel
-    from arbscale.training import fingerprint
 
     torch.manual_seed(0)
     preset = replace(
@@ -42,7 +43,7 @@ def train(folder: Path) -> str:
     losses = training.train_first_stage(model, source, 3, 5, run=run)
     losses += training.train_diffusion(model, source, 5, pool=4, run=run)
     losses += training.finetune_alignment(model, source, 3, run=run)
-    return fingerprint(model, losses, model.scale_factor)
+    return store.content_key(losses, model.scale_factor, module=model)
 
 
 def dying(at: int | None):
@@ -131,6 +132,7 @@ def main(folder: Path) -> None:
     print(json.dumps(report))
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_resumed_it_ends_in_the_same_weights(tmp_path):
     command = [sys.executable, __file__, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -1,0 +1,243 @@
+"""The commands that measure: `python -m arbscale evaluate / table / bench / ablate`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from arbscale import evaluation
+from arbscale.coords import Size
+from arbscale.evaluation import Partial, ablation, get_protocol, reports, sets
+from arbscale.evaluation import bench as benchmark
+from arbscale.evaluation.features import fingerprint
+from arbscale.model import ArbitraryScaleModel, pick_device
+from arbscale.samplers import Sampling
+
+Output = Annotated[Path | None, arg(aliases=["-o"])]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, on which images, and how."""
+
+    model: Positional[str]  # name or folder
+    task: Literal["reconstruct", "upscale", "generate"] | None = None
+    """default: upscale for a super-resolution model, else reconstruct"""
+    data: str | None = None  # 'scenes', 'photos', a folder, or a name
+    split: str | None = None  # train, val, test or all; default val, train to generate
+    scales: tuple[float, ...] = (2.0, 3.7, 6.0)
+    sizes: tuple[Size, ...] = ()  # to generate at: 128 or 75x100
+    number: Annotated[int | None, arg(aliases=["-n"])] = None
+    """of images; default all, or 1000 to generate"""
+    reference: int | None = None  # real images to generate against; default as many
+    protocol: str = "whole"  # whole, benchmark, div2k, paper_faces ...
+    features: str = "encoder"  # of the distances: encoder, alexnet, vgg16, or inception (FID)
+    allow_few: bool = False  # FID of fewer than 2048 images
+    steps: int | None = None  # denoising steps; default 20, 5 to upscale
+    sampler: str = "dpm_solver_pp"  # or ddim, or ddpm
+    seed: int = 0  # decides everything
+    output: Output = None  # a JSON file
+
+    def count(self, default: int) -> int:
+        """Return the number of images; ValueError unless it is at least 1."""
+        n = default if self.number is None else self.number
+        if n < 1:
+            raise ValueError(f"--number is at least 1, got {n}")
+        return n
+
+    def sampling(self, default_steps: int) -> Sampling:
+        """Return how latents are drawn."""
+        steps = default_steps if self.steps is None else self.steps
+        return Sampling(steps, self.sampler, self.seed)
+
+    def partial(self, report: dict, images: str) -> Partial:
+        """Keep finished pieces beside the output, for this report and these images alone."""
+        folder = self.output and self.output.with_suffix(".partial")
+        return Partial(folder, {**report, "command": None, "fingerprint": images})
+
+
+def evaluate(options: Annotated[Options, arg(name="")]) -> None:
+    """Score a model and its baselines on unseen images; print a table, write JSON."""
+    started = time.perf_counter()
+    _check_output(options.output)
+    model = ArbitraryScaleModel.load(options.model).to(pick_device())
+    task = options.task or ("upscale" if model.preset.low_size else "reconstruct")
+    run = _generation if task == "generate" else _pairs
+    try:
+        report, partial = run(options, model, task)
+    except KeyboardInterrupt:
+        hint = "rerun the same command" if options.output else "next time, add -o"
+        raise RuntimeError(f"stopped; {hint} to resume") from None
+    report["timing"] = {"seconds": round(time.perf_counter() - started, 3)}
+    _report(report, options.output)
+    partial.finish()
+
+
+def _data(options: Options, model: ArbitraryScaleModel) -> str:
+    usual = "photos" if model.preset.low_size else model.manifest.get("data", "scenes")
+    return options.data or usual
+
+
+def _pairs(options: Options, model: ArbitraryScaleModel, task: str) -> tuple[dict, Partial]:
+    from arbscale.data import open_dataset
+
+    if task == "upscale" and not model.preset.low_size:
+        raise ValueError(f"{options.model} is a generator; take --task reconstruct or generate")
+    data = _data(options, model)
+    split = options.split or ("test" if data == "scenes" else "val")
+    images = open_dataset(data, split)
+    n = options.count(32 if data == "scenes" else len(images))
+    if n > len(images):
+        raise ValueError(f"{data}, {split} has {len(images)} images, fewer than {n}")
+    rule, sampling = (
+        get_protocol(options.protocol),
+        options.sampling(5 if task == "upscale" else 20),
+    )
+    with_lpips = evaluation.lpips_or_why_not()
+    choices = evaluation.pair_protocol(rule, images, task, n, sampling, with_lpips)
+    report = reports.header(model, task, {"data": data, "split": split, **choices})
+    partial = options.partial(report, fingerprint(images))
+
+    def rows(index: int, scale: float) -> evaluation.Rows:
+        if task == "reconstruct":
+            return evaluation.reconstruction_rows(model, images, index, scale, rule)
+        return evaluation.upscaling_rows(model, images[index], scale, rule, sampling, index)
+
+    results = evaluation.evaluate_pairs(rows, rule, options.scales, n, partial, with_lpips)
+    report["results"] = results
+    return report, partial
+
+
+def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tuple[dict, Partial]:
+    from arbscale.data import ContinuousScenes, open_dataset
+
+    if model.preset.low_size:
+        raise ValueError(f"{options.model} is a super-resolution model; take --task upscale")
+    data, n = _data(options, model), options.count(1000)
+    reference = options.reference or n
+    split = options.split or "train"
+    others = "test" if split != "test" else "train"
+    if data == "scenes":  # there are as many as are asked for
+        real, unseen = (ContinuousScenes(max(n, reference), split=s) for s in (split, others))
+    else:
+        real, unseen = (open_dataset(data, s) for s in (split, others))
+    side = model.preset.image_size
+    job = sets.Job(
+        model,
+        sets.RealPictures(real, min(reference, len(real))),
+        sets.RealPictures(unseen, min(n, len(unseen))),
+        options.sizes or ((side, side), (2 * side, 2 * side)),
+        n,
+        options.features,
+        options.sampling(20),
+    )
+    sets.check(job, options.allow_few)
+    choices = {"data": data, "split": split, "others' split": others}
+    report = reports.header(model, task, choices | sets.protocol(job))
+    partial = options.partial(report, fingerprint(real) + fingerprint(unseen))
+    report["results"] = sets.evaluate_generation(job, partial)
+    return report, partial
+
+
+def _check_output(path: Path | None) -> None:
+    if path and (path.is_dir() or path.suffix.lower() != ".json"):
+        raise ValueError(f"{path}: name a JSON file, such as results/{path.stem or 'scores'}.json")
+
+
+def _report(report: dict, output: Path | None) -> None:
+    if output:
+        reports.write(report, output)
+    print(reports.table(report))
+
+
+def table(files: Positional[tuple[Path, ...]]) -> None:
+    """Print the results of evaluate, bench and ablate as one markdown document.
+
+    Parameters
+    ----------
+    files
+        JSON files, or folders of them.
+
+    """
+    if not files:
+        raise ValueError("name JSON files, or folders of them")
+    print(reports.document(files))
+
+
+def bench(
+    model: Positional[str] = "cats",
+    *,
+    sizes: tuple[Size, ...] = ((64, 64), (128, 128), (256, 256)),
+    batch: int = 1,
+    steps: int = 20,
+    seconds: float = 2.0,
+    quick: bool = False,
+    output: Output = None,
+) -> None:
+    """Time a model at each size, end to end and for decoding alone, beside the usual forms.
+
+    Parameters
+    ----------
+    model
+        Name or folder.
+    sizes
+        Of the output: 128 or 75x100.
+    batch
+        Images per call.
+    steps
+        Denoising steps.
+    seconds
+        Spent on each row.
+    quick
+        Time each row once.
+    output
+        A JSON file.
+
+    """
+    _check_output(output)
+    if batch < 1:
+        raise ValueError(f"--batch is at least 1, got {batch}")
+    loaded = ArbitraryScaleModel.load(model).to(pick_device())
+    _report(benchmark.measure(loaded, sizes, batch, steps, 0.0 if quick else seconds), output)
+
+
+def ablate(
+    *,
+    output: Annotated[Path, arg(aliases=["-o"])],
+    compare: tuple[str, ...] = ablation.Settings().comparisons,
+    seeds: int = 3,
+    steps: int = 500,
+    pool: int = 4096,
+    number: Annotated[int, arg(aliases=["-n"])] = 256,
+    features: str = "encoder",
+    folder: Path = Path("runs/ablation"),
+) -> None:
+    """Train denoisers with and without a transformer at equal cost; print tables, write JSON.
+
+    Parameters
+    ----------
+    output
+        A JSON file.
+    compare
+        Titles of comparisons.
+    seeds
+        Runs of each contestant.
+    steps
+        Of each run.
+    pool
+        Images encoded for each run.
+    number
+        Of images to measure on.
+    features
+        Of the distances, as for evaluate.
+    folder
+        Of finished pieces, from which a stopped comparison resumes.
+
+    """
+    _check_output(output)
+    settings = ablation.Settings(compare, seeds, steps, pool, number, features)
+    _report(ablation.ablate(settings, ablation.open_folder(folder)), output)
