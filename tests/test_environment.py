@@ -190,7 +190,8 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_the_wheel_carries_the_package_and_its_weights(wheel):
-    code = {str(path.relative_to(ROOT)) for path in (ROOT / "arbscale").rglob("*.py")}
+    code = {str(path.relative_to(ROOT)) for path in (ROOT / "arbscale").rglob("*.*")}
+    code = {name for name in code if name.endswith((".py", ".js", ".css"))}
     data = ROOT / "data"
     shipped = {f"arbscale/shipped/{path.relative_to(data)}" for path in data.rglob("*.*")}
     wanted = (code | shipped) - {"arbscale/shipped/README.md"}

@@ -104,7 +104,9 @@ def test_a_function_renders():
 def test_a_large_file_is_rendered_in_strips(monkeypatch):
     monkeypatch.setattr(sources, "STRIP", 100)
     told = []
-    content = rendered_png(Resized(image(4, 4)), (60, 30), (1, 2, 50, 20), lambda *t: told.append(t))
+    content = rendered_png(
+        Resized(image(4, 4)), (60, 30), (1, 2, 50, 20), lambda *t: told.append(t)
+    )
     wanted = Resized(image(4, 4)).render((60, 30), (1, 2, 50, 20))
     found = to_tensor(Image.open(io.BytesIO(content)))
     assert (found - wanted).abs().max() < 1 / 127

@@ -309,7 +309,7 @@ class Explorer {
 
   showScale() {
     const { scale, size } = this.state;
-    const text = size && this.answer?.stretched ? size.join("x") : String(+scale.toPrecision(4));
+    const text = size && this.answer?.stretched ? size.join("x") : String(+scale.toPrecision(3));
     this.find("scale").value = Math.log2(scale);
     this.find("scale").setAttribute("aria-valuetext", `times ${text}`);
     this.find("typed").value = this.shown = text;
@@ -534,7 +534,7 @@ class Explorer {
 function describe({ size, scale, stretched, shown, window, ms, rate, draft, note }, zoom) {
   const facts = [
     `${size[0]} x ${size[1]} px`,
-    stretched ? "stretched" : `scale x${+scale.toPrecision(4)}`,
+    stretched ? "stretched" : `scale x${+scale.toPrecision(3)}`,
     `zoom x${+zoom.toPrecision(3)}`,
     `${ms.toFixed(0)} ms`,
     `${rate.toFixed(2)} Mpx/s`,

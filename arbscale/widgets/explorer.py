@@ -177,11 +177,12 @@ class ScaleExplorer(anywidget.AnyWidget):
         if window[2] * window[3] > 4096:
             self._rate += 0.5 * (rate - self._rate)
         base = subject.source.base
+        scale = size[0] / base[0]
         answer = {
             "subject": subject.number,
             "size": size,
-            "scale": size[0] / base[0],
-            "stretched": size != scaled_size(base, size[0] / base[0]),
+            "scale": scale,
+            "stretched": abs(scale * base[1] - size[1]) > scale + 1,  # beyond rounding
             "shown": shown,
             "window": window,
             "draft": shown != view.rendered(size)[0],

@@ -299,7 +299,7 @@ def read_photo(content: bytes, name: str) -> Tensor:
                     raise ValueError(f"over {MAX_PHOTO // 10**6} million pixels; reduce it")
                 return decode(image)
         except ValueError as error:
-            raise ValueError(f"{name}: {reason(error.__cause__)}") from None
+            raise ValueError(f"{name}: {reason(error.__cause__ or error)}") from None
 
 
 @dataclass(frozen=True)
