@@ -1,11 +1,18 @@
-"""The explorer as a reader uses it: JupyterLab in a real browser, by keyboard, mouse and touch."""
+"""The explorer as a reader uses it: JupyterLab in a real browser, by keyboard, mouse and touch.
 
+`python tests/test_browser.py` prints how long an image takes, and the memory after many moves.
+"""
+
+import base64
+import contextlib
+import io
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -34,10 +41,9 @@ ScaleExplorer(arbscale.load("photos"), image=image, steps=1, scale=2, limit=40)
 KNOWN = ("favicon", "/api/", "/static/", "/lab/extensions", "Deprecat", "preload")
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """Start JupyterLab over a folder of notebooks; return its address."""
-    folder = tmp_path_factory.mktemp("lab")
+@contextlib.contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """Serve a folder of notebooks by JupyterLab; yield its address."""
     for name, source in CELLS.items():
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
@@ -62,16 +68,17 @@ def lab(tmp_path_factory):
     server.wait(timeout=30)
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+@contextlib.contextmanager
+def chromium(downloads: Path):
+    """Start a browser without a window."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
     for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
         options.add_argument(word)
     options.add_argument("--window-size=1300,1000")
+    options.add_argument("--enable-precise-memory-info")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    downloads = tmp_path_factory.mktemp("downloads")
     options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     driver = webdriver.Chrome(
         options, webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
@@ -79,6 +86,18 @@ def browser(tmp_path_factory):
     driver.downloads = downloads
     yield driver
     driver.quit()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("lab")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("downloads")) as driver:
+        yield driver
 
 
 class Page:
@@ -144,12 +163,8 @@ class Page:
     def pixels(self) -> np.ndarray:
         """Return what the canvas shows, (H, W, 4)."""
         time.sleep(0.1)  # a frame
-        width, height, data = self.run(
-            """const c = document.querySelector('.ax-canvas');
-            const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
-            return [c.width, c.height, Array.from(d)]"""
-        )
-        return np.array(data, "uint8").reshape(height, width, 4)
+        url = self.run("return document.querySelector('.ax-canvas').toDataURL()")
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))))
 
     def shot(self, name: str) -> None:
         """Keep a screenshot where the environment asks for one; it is never compared."""
@@ -385,7 +400,7 @@ def test_the_console_is_quiet(page):
 
 def test_a_restarted_kernel_is_noticed(page):
     page.run("jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
-    page.until(lambda: "run the cell again" in page.status)
+    page.until(lambda: "run the cell above again" in page.status)
     page.shot("restarted")
 
 
@@ -406,3 +421,74 @@ def test_photographs_are_opened_and_refused(lab, browser, tmp_path):
     page.rest()
     assert "large.png" in page.status and "ground truth" in page.find("rival").text
     page.shot("photo")
+
+
+# Measurements -------------------------------------------------------------------------------------
+
+MOVES = """
+const [scale, zoom, n] = arguments, x = document.querySelector('.ax').explorer;
+const pause = (ms) => new Promise((f) => setTimeout(f, ms));
+const until = async (f) => { while (!f()) await pause(2); };
+const rest = () => until(() => !x.waiting && !x.wanted && x.root.dataset.draft === 'false');
+const first = [], full = [];
+x.look([0.5, 0.5], zoom);
+for (let i = 0; i < n; i++) {
+    await rest();
+    const serial = x.serial + 1, start = performance.now();
+    x.find('scale').value = Math.log2(scale) + 0.01 * (i % 2);
+    x.find('scale').dispatchEvent(new Event('input'));
+    await until(() => +x.root.dataset.serial >= serial);
+    first.push(performance.now() - start);
+    await rest();
+    full.push(performance.now() - start);
+}
+const median = (a) => a.sort((p, q) => p - q)[a.length >> 1];
+return [median(first), median(full), x.canvas.width, x.find('status').textContent];
+"""
+MANY = """
+const x = document.querySelector('.ax').explorer, start = x.serial;
+for (let i = 0; i < arguments[0]; i++) {
+    x.find('scale').value = 2.5 * Math.sin(i) + 2;
+    x.find('scale').dispatchEvent(new Event('input'));
+    if (i % 4 === 0) x.zoomAbout([0.4, 0.6], 2 ** Math.sin(i / 3));
+    await new Promise((f) => setTimeout(f, 4));
+}
+return [x.serial - start, performance.memory.usedJSHeapSize / 2 ** 20];
+"""
+
+
+def _main() -> None:
+    """Print the measurements."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name, serve(Path(name)) as address:
+        with chromium(Path(name)) as browser:
+            browser.set_script_timeout(600)
+            page = Page(browser, f"{address}/generator.ipynb")
+            print("scale  zoom  first image  full density  (ms, medians of 15 moves)")
+            for scale, zoom in [(0.5, 1), (2, 1), (3.7, 1), (8, 1), (64, 1), (64, 20)]:
+                run = f"return (async (...arguments) => {{ {MOVES} }})(...arguments)"
+                first, full, side, status = page.run(run, scale, zoom, 15)
+                print(f"{scale:5} {zoom:5} {first:12.0f} {full:13.0f}  {side} px: {status}")
+            for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 3):
+                run = f"return (async (...arguments) => {{ {MANY} }})(...arguments)"
+                browser.execute_cdp_cmd("HeapProfiler.collectGarbage", {})
+                answers, heap = page.run(run, 1000)
+                [kernel] = [c for c in _descendants(os.getpid()) if b"ipykernel" in c[1]]
+                print(
+                    f"1,000 moves, {answers} images: heap {heap:.1f} MB, kernel {kernel[0]:.0f} MB"
+                )
+
+
+def _descendants(pid: int) -> list[tuple[float, bytes]]:
+    """Return (resident MB, command line) of every process below one."""
+    import psutil
+
+    return [
+        (p.memory_info().rss / 2**20, " ".join(p.cmdline()).encode())
+        for p in psutil.Process(pid).children(recursive=True)
+    ]
+
+
+if __name__ == "__main__":
+    _main()

@@ -189,6 +189,7 @@ def test_another_aspect_ratio_is_drawn(explorer):
     answer = ask(explorer, typed="40x80")
     assert answer["size"] == (40, 80)
     assert "grid=" in answer["code"]
+    assert pixels(explorer.estimate).shape[:2] == (25, 48)
     assert not answer["stretched"]
 
 

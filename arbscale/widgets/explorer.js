@@ -6,6 +6,7 @@ const MAX_SCALE = 6; // x64
 const MAX_ZOOM = 4096;
 const MAX_SCREEN = 1024; // device pixels a side that the kernel renders
 const SILENCE = 8000; // ms without an answer, after which the kernel is thought lost
+const PAUSE = 100; // ms at rest, after which the full density is asked for
 const PART = 1 << 20; // bytes of a photograph in one message
 const FRAMES = 8; // estimates in the strip
 const LOST = "No answer from the kernel: it is busy, or was restarted; then run the cell above again.";
@@ -33,7 +34,7 @@ class Explorer {
     this.pointers = new Map();
     this.serial = 0; // of the newest question
     this.waiting = 0; // the serial of the question in flight
-    this.times = []; // ms from question to image, the last ones
+    this.times = []; // of the last questions: ms until the image, and whether it is a draft
     this.closing = new AbortController();
     this.build(el);
     this.listen();
@@ -116,6 +117,7 @@ class Explorer {
     this.closing.abort();
     this.watcher.disconnect();
     clearTimeout(this.timer);
+    clearTimeout(this.full);
     this.closed = true;
     this.dropImages();
   }
@@ -129,6 +131,7 @@ class Explorer {
       this.live = live;
       return;
     }
+    clearTimeout(this.full);
     this.waiting = ++this.serial;
     this.wanted = false;
     const { scale, size, typed, centre, zoom, rival } = this.state;
@@ -161,27 +164,26 @@ class Explorer {
   async take() {
     const answer = this.model.get("answer");
     const mine = answer.view === this.id;
-    const blobs = ["left", "right"].map((n) => new Blob([this.model.get(n)], { type: "image/png" }));
-    const newest = (this.newest = {});
     this.root.classList.remove("ax-lost");
-    if (answer.error) {
-      if (mine) this.settle(answer);
-      this.say(answer.error);
-      return;
-    }
-    if (!mine && answer.view !== "" && this.images) {
+    if (!mine && answer.view && this.images) {
       if (answer.subject !== this.subject) this.ask(); // another view of this widget drew anew
       return;
     }
+    if (answer.error || answer.pending) {
+      this.say(answer.error || answer.pending);
+      this.settle(answer);
+      return;
+    }
+    const blobs = ["left", "right"].map((n) => new Blob([this.model.get(n)], { type: "image/png" }));
+    const newest = (this.newest = {});
     const [left, right] = await Promise.all(blobs.map((blob) => createImageBitmap(blob)));
     if (newest !== this.newest || this.closed) {
       left.close();
       right.close();
-      if (mine) this.settle(answer);
-      return;
+    } else {
+      this.show(answer, left, right);
     }
-    this.show(answer, left, right);
-    if (mine) this.settle(answer);
+    if (!this.closed) this.settle(answer);
   }
 
   show(answer, left, right) {
@@ -207,15 +209,15 @@ class Explorer {
 
   // The question in flight has its answer: ask the next one, or for the full density.
   settle(answer) {
-    if (answer.serial !== this.waiting) return;
+    if (answer.view !== this.id || answer.serial !== this.waiting) return;
     clearTimeout(this.timer);
     this.waiting = 0;
     this.root.dataset.serial = answer.serial;
-    this.times.push(performance.now() - this.asked);
+    this.times.push([performance.now() - this.asked, !!answer.draft]);
     if (this.times.length > 500) this.times.shift();
     if (answer.error && answer.typed === this.state.typed) this.state.typed = null;
     if (this.wanted) this.ask(this.live);
-    else if (answer.draft) this.ask();
+    else if (answer.draft) this.full = setTimeout(() => this.ask(), PAUSE);
   }
 
   dropImages() {

@@ -100,6 +100,7 @@ class ScaleExplorer(anywidget.AnyWidget):
         self._settings = Settings(seed, seed + 1, 0.0, steps, sampler)
         self._lock, self._worker = threading.RLock(), Worker()
         self._limit, self._parts = limit, []
+        self._coming: Settings | None = None  # what the worker draws
         self._rate = 1e6  # pixels rendered a second, so far
         extra = extra_rivals(truth, other)
         other = other if isinstance(other, ArbitraryScaleModel) else None
@@ -163,9 +164,14 @@ class ScaleExplorer(anywidget.AnyWidget):
     def _answer(self, question: dict) -> tuple[bytes, bytes, dict]:
         """Render what a question asks for."""
         subject, view, size = self._subject, View.read(question), self._size(question)
-        if self.kind == "generate" and question.get("typed") and self._other_grid(size):
-            self._draw(replace(self._settings, size=size))
-            return self.left, self.right, {"error": "drawing for another aspect ratio"}
+        if (
+            self.kind == "generate"
+            and question.get("typed")
+            and self._other_grid(size, self._settings)
+        ):
+            if self._coming is None or self._other_grid(size, self._coming):
+                self._draw(replace(self._settings, size=size))
+            return self.left, self.right, {"pending": "drawing for another aspect ratio"}
         budget = LIVE_SECONDS * self._rate if question.get("live") else math.inf
         shown, window = view.rendered(size, budget)
         started = time.perf_counter()
@@ -204,9 +210,9 @@ class ScaleExplorer(anywidget.AnyWidget):
             return bounded(check_size(tuple(size)))
         return bounded(scaled_size(base, float(question.get("scale", 1.0))))
 
-    def _other_grid(self, size: Size) -> bool:
+    def _other_grid(self, size: Size, settings: Settings) -> bool:
         """Whether a size has an aspect ratio that is drawn on another latent grid."""
-        return self.model.latent_grid(size) != self.model.latent_grid(self._settings.size)
+        return self.model.latent_grid(size) != self.model.latent_grid(settings.size)
 
     # What takes long ------------------------------------------------------------------------------
 
@@ -247,10 +253,14 @@ class ScaleExplorer(anywidget.AnyWidget):
         """Sample anew."""
 
         def work(progress: Progress) -> Subject:
-            if self.kind == "generate":
-                subject = self._generator.subject(settings, self._watch(settings, progress))
-            else:
-                subject = self._enlarger.subject(self._photo, settings, progress)
+            self._coming = settings
+            try:
+                if self.kind == "generate":
+                    subject = self._generator.subject(settings, self._watch(settings, progress))
+                else:
+                    subject = self._enlarger.subject(self._photo, settings, progress)
+            finally:
+                self._coming = None
             self._settings = settings
             return subject
 
