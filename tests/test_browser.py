@@ -474,20 +474,16 @@ def _main() -> None:
                 run = f"return (async (...arguments) => {{ {MANY} }})(...arguments)"
                 browser.execute_cdp_cmd("HeapProfiler.collectGarbage", {})
                 answers, heap = page.run(run, 1000)
-                [kernel] = [c for c in _descendants(os.getpid()) if b"ipykernel" in c[1]]
-                print(
-                    f"1,000 moves, {answers} images: heap {heap:.1f} MB, kernel {kernel[0]:.0f} MB"
-                )
+                memory = f"heap {heap:.1f} MB, kernel {_kernel():.0f} MB"
+                print(f"1,000 moves, {answers} images: {memory}")
 
 
-def _descendants(pid: int) -> list[tuple[float, bytes]]:
-    """Return (resident MB, command line) of every process below one."""
+def _kernel() -> float:
+    """Return the resident memory (MB) of the largest kernel below this process."""
     import psutil
 
-    return [
-        (p.memory_info().rss / 2**20, " ".join(p.cmdline()).encode())
-        for p in psutil.Process(pid).children(recursive=True)
-    ]
+    below = psutil.Process().children(recursive=True)
+    return max(p.memory_info().rss for p in below if "ipykernel" in " ".join(p.cmdline())) / 2**20
 
 
 if __name__ == "__main__":

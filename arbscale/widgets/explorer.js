@@ -50,6 +50,7 @@ class Explorer {
     this.root = el.firstElementChild;
     this.root.explorer = this; // for tests, and for the curious in a console
     this.root.dataset.kind = this.options.kind;
+    if (this.options.kind === "enlarge") this.find("draw").textContent = "Enlarge again";
     this.canvas = this.find("canvas");
     this.pen = this.canvas.getContext("2d");
     const { sampler, samplers } = this.options;
