@@ -8,10 +8,10 @@ that `arbscale.load` reads. Nothing here unpickles: checkpoints are safetensors,
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError  # torch.load's error for a file that is more than tensors
 
 import torch
 from safetensors import SafetensorError
@@ -111,7 +111,7 @@ def read_checkpoint(path: Path) -> State:
         if path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError):
+    except (UnpicklingError, SafetensorError):
         raise ValueError(
             f"{path} is damaged or holds Python objects, which are not read; where you trust its "
             "source, save its `state_dict` alone"
