@@ -421,6 +421,16 @@ def test_photographs_are_opened_and_refused(lab, browser, tmp_path):
     page.rest()
     assert "large.png" in page.status and "ground truth" in page.find("rival").text
     page.shot("photo")
+    drop = """
+        const data = new DataTransfer();
+        data.items.add(new File(['no image'], 'dropped.png'));
+        const event = (type) => new DragEvent(type, {dataTransfer: data, bubbles: true});
+        const view = document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden) .ax-view');
+        for (const type of ['dragover', 'drop']) view.dispatchEvent(event(type));
+    """
+    page.run(drop)
+    page.until(lambda: "dropped.png" in page.status)
+    assert page.size == "60x80"
 
 
 # Measurements -------------------------------------------------------------------------------------
