@@ -59,13 +59,15 @@ def serve(folder: Path) -> Iterator[str]:
             [sys.executable, *words.split(), f"--notebook-dir={folder}"], stderr=file
         )
     until = time.monotonic() + 120
-    while "is running at" not in log.read_text():
-        if server.poll() is not None or time.monotonic() > until:
-            raise RuntimeError("JupyterLab did not start: " + log.read_text()[-500:])
-        time.sleep(0.2)
-    yield f"http://127.0.0.1:{port}/lab/tree"
-    server.terminate()
-    server.wait(timeout=30)
+    try:
+        while "is running at" not in log.read_text():
+            if server.poll() is not None or time.monotonic() > until:
+                raise RuntimeError("JupyterLab did not start: " + log.read_text()[-500:])
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/lab/tree"
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
 
 
 @contextlib.contextmanager
@@ -84,8 +86,10 @@ def chromium(downloads: Path):
         options, webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
     )
     driver.downloads = downloads
-    yield driver
-    driver.quit()
+    try:
+        yield driver
+    finally:
+        driver.quit()
 
 
 @pytest.fixture(scope="module")
