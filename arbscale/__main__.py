@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
+import torch
 import tyro
 from tqdm.auto import tqdm
 from tyro.conf import Positional, arg
@@ -209,7 +210,10 @@ COMMANDS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; an expected error is one line and exit status 2."""
+    """Run a command and return 0; what the user can mend is one line and status 2.
+
+    Any other error is a bug: it goes on, so that Python prints its traceback and exits with 1.
+    """
     words = sys.argv[1:] if argv is None else argv
     try:
         if words[:1] == ["train"]:  # its own parser knows the named preset's numbers
@@ -223,10 +227,28 @@ def main(argv: list[str] | None = None) -> int:
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
                 registry=REGISTRY,
             )
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"arbscale: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if not (text := _for_user(error)):
+            raise
+        print(f"arbscale: {' '.join(text.split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _for_user(error: Exception) -> str:
+    """Return the message of an error that the user can mend, or "" for a bug.
+
+    Meant for users are InputError, what the system refuses, and each ValueError or RuntimeError
+    that a `raise` of this package raised, while one out of a library's depths is a bug.
+    """
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return "out of memory; take a smaller size, number or batch"
+    if "in DataLoader worker process" in text and isinstance(error, (ValueError, OSError)):
+        return text.strip().splitlines()[-1].partition(": ")[2]  # above it is the traceback
+    if isinstance(error, (store.InputError, OSError)):
+        return text or type(error).__name__
+    return text if type(error) in (ValueError, RuntimeError) and store.deliberate(error) else ""
 
 
 if __name__ == "__main__":

@@ -268,7 +268,8 @@ class ArbitraryScaleModel(nn.Module):
         scale_factor = manifest.get("scale_factor")
         if not isinstance(scale_factor, float) or not scale_factor > 0:
             raise ValueError(f"the manifest in {folder} has no positive scale_factor")
-        model = cls(Preset.from_dict(manifest["preset"]), scale_factor, manifest)
+        with store.reading(folder / store.MANIFEST):
+            model = cls(Preset.from_dict(manifest["preset"]), scale_factor, manifest)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:

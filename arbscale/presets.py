@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from arbscale import store
 from arbscale.autoencoder import (
     Decoder,
     Encoder,
@@ -125,7 +126,8 @@ class Preset:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"the preset has unknown fields {unknown}; update arbscale")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        with store.reading("the preset"):
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def tiny(low_size: int | None = None) -> Preset:
