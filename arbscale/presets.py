@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from arbscale import store
 from arbscale.autoencoder import (
     Decoder,
     Encoder,
@@ -126,8 +125,7 @@ class Preset:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"the preset has unknown fields {unknown}; update arbscale")
-        with store.reading("the preset"):
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def tiny(low_size: int | None = None) -> Preset:

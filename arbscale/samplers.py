@@ -180,13 +180,6 @@ POWERS = {"dpm_solver_pp": 2.0}
 """`power` of the grid of steps that suits a sampler, where it is not even (1)."""
 
 
-def check_seed(seed: int) -> int:
-    """Return the seed; ValueError unless a generator of PyTorch takes it."""
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"a seed is from -2**63 to 2**64 - 1, got {seed}")
-    return seed
-
-
 def get_sampler(name: str) -> Callable[..., Tensor]:
     """Return the sampler of that name; ValueError lists the names there are."""
     if name not in SAMPLERS:
@@ -204,7 +197,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a seed that no generator takes."""
-        check_seed(self.seed)
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"a seed is an integer from -2**63 to 2**64 - 1, got {self.seed!r}")
 
     def generator(self) -> torch.Generator:
         """Return a fresh generator on the CPU."""

@@ -175,6 +175,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise OSError where a file cannot be written at `path`: before hours of work, not after."""
+    path = Path(path)
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file")
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is a file; {path} cannot lie below it")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{parent} is read-only; name another output than {path}")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a small file, so that it is the old or the new one at every moment."""
     with replacing(path) as draft:

@@ -18,7 +18,7 @@ from arbscale import compat, presets, store
 from arbscale.autoencoder import TinyEncoder
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset
-from arbscale.samplers import check_seed
+from arbscale.samplers import Sampling
 from arbscale.training import checkpoints, denoiser, first_stage, sources
 from arbscale.training.loop import Run
 from arbscale.training.processes import process_state
@@ -64,7 +64,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range by ValueError."""
-        check_seed(self.seed)
+        Sampling(seed=self.seed)  # refuses a seed that no generator takes
         if min(self.steps) < 0:
             raise ValueError(f"steps are at least 0, got {self.steps}")
         if self.pool is not None and self.pool < 2:
