@@ -32,7 +32,7 @@ case $family in
       --steps 0 0 $((47000 * scale)) 0
     launch=("$python" -m)
     train runs/cats-student --start runs/cats-denoiser "${data[@]}" --teacher "$teacher" \
-      --preset.tiny-channels 48 --steps $((8000 * scale)) 0 0 0
+      --preset.tiny-channels 40 --steps $((8000 * scale)) 0 0 0
     train data/cats --start runs/cats-student "${data[@]}" --sample-every 0 --steps 0 0 0 200
     ;;
   photos)
