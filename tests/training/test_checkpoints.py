@@ -71,6 +71,16 @@ def test_a_full_disk_leaves_the_old_ones(folder, monkeypatch, call):
     assert not list(folder.glob(".*"))
 
 
+def test_an_interrupted_checkpoint_leaves_nothing(folder, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(folder, 8, tensors(8), {}, keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000006"]
+
+
 def test_what_a_killed_process_left_is_swept_away(folder):
     (folder / ".draft-00000008").mkdir()
     (folder / ".old-step-00000002").mkdir()
