@@ -17,6 +17,7 @@ from arbscale.evaluation.features import fingerprint
 from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.samplers import Sampling
 
+MAX_BATCH = 100_000  # of bench
 Output = Annotated[Path | None, arg(aliases=["-o"])]
 
 
@@ -201,8 +202,10 @@ def bench(
 
     """
     _check_output(output)
-    if batch < 1:
-        raise ValueError(f"--batch is at least 1, got {batch}")
+    if not 1 <= batch <= MAX_BATCH:
+        raise ValueError(f"--batch is from 1 to {MAX_BATCH}, got {batch}")
+    if not sizes or not 0 <= seconds < float("inf"):
+        raise ValueError(f"bench takes --sizes, and --seconds from 0 on, got {sizes}, {seconds}")
     loaded = ArbitraryScaleModel.load(model).to(pick_device())
     _report(benchmark.measure(loaded, sizes, batch, steps, 0.0 if quick else seconds), output)
 

@@ -67,6 +67,8 @@ class TrainOptions:
             raise ValueError(f"steps are at least 0, got {self.steps}")
         if self.pool is not None and self.pool < 2:
             raise ValueError(f"a pool has at least 2 images, got {self.pool}")
+        if self.parts and not all(0 <= part < float("inf") for part in self.parts):
+            raise ValueError(f"parts are counts, or fractions up to 1, got {self.parts}")
 
 
 def parse(words: list[str]) -> TrainOptions:
