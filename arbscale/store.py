@@ -59,7 +59,7 @@ def deliberate(error: BaseException) -> bool:
     while trace.tb_next:
         trace = trace.tb_next
     frame = trace.tb_frame
-    ours = frame.f_globals.get("__package__", "").split(".")[0] == __package__
+    ours = (frame.f_globals.get("__package__") or "").split(".")[0] == __package__
     return ours and dis.opname[frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 

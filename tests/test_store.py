@@ -264,6 +264,7 @@ def test_a_content_key_depends_on_facts_and_weights():
         ("arbscale", "int('x')", False),
         ("arbscale", "{}['none']", False),
         ("numpy", "raise ValueError('shapes')", False),
+        (None, "raise ValueError('of a script')", False),
     ],
 )
 def test_an_error_is_deliberate_where_the_package_raises_it(package, code, deliberate):
