@@ -8,13 +8,19 @@ before it is used.
 from __future__ import annotations
 
 import contextlib
+import dis
+import errno
 import hashlib
 import json
 import os
+import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,6 +28,39 @@ MANIFEST = "manifest.json"
 SHARD_BYTES = 15_000_000
 SHIPPED = (Path(__file__).parent / "shipped", Path(__file__).parent.parent / "data")
 """Where trained weights are: inside an installed package, or beside it in a checkout."""
+
+
+class InputError(ValueError):
+    """What was given cannot be used: files, names or numbers. The message says which, and why."""
+
+
+STRAY = (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Raise InputError with the path where a file does not hold what its reader takes."""
+    try:
+        yield
+    except (ValueError, SafetensorError, *STRAY) as error:
+        if deliberate(error):
+            raise
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is damaged, or written by something else ({why})") from error
+
+
+def deliberate(error: BaseException) -> bool:
+    """Return whether a `raise` of this package raised the error, so that its text is for users.
+
+    Otherwise it comes out of a library, a built-in function or an operator: a bug, or a file that
+    does not hold what its reader takes.
+    """
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    frame = trace.tb_frame
+    ours = (frame.f_globals.get("__package__") or "").split(".")[0] == __package__
+    return ours and dis.opname[frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
 def shipped() -> list[str]:
@@ -140,6 +179,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise OSError where a file cannot be written at `path`: before hours of work, not after."""
+    path = Path(path)
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file")
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is a file; {path} cannot lie below it")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{parent} is read-only; name another output than {path}")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a small file, so that it is the old or the new one at every moment."""
     with replacing(path) as draft:
@@ -153,8 +204,75 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:  # some network shares sync files alone
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(handle)
+
+
+_HELD: set[Path] = set()  # the locks of this process
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Keep other processes from writing `path`, a file or a folder; one process may nest calls.
+
+    The lock is a file beside `path` that names its holder. The system releases it when the process
+    ends, even by a kill, so none is left behind. Raises RuntimeError that says who holds the lock.
+    """
+    path = Path(path).resolve()
+    lock = path.with_name(f".{path.name}.lock")
+    if lock in _HELD:
+        yield
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with _acquire(lock) as file:
+        _HELD.add(lock)
+        try:
+            file.truncate(0)
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {platform.node()}, started {started}")
+            file.flush()
+            yield
+        finally:
+            _HELD.remove(lock)
+            with contextlib.suppress(OSError):  # Windows removes no open files
+                lock.unlink()
+
+
+def _acquire(lock: Path) -> TextIO:
+    """Open and lock a file; RuntimeError if another process has locked it."""
+    while True:
+        file = lock.open("a+", encoding="utf-8")
+        try:
+            _lock(file)
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return file  # a share that knows no locks
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            output = lock.with_name(lock.name[1 : -len(".lock")])
+            raise RuntimeError(f"{output} is in use: {holder}; wait until it ends") from None
+        file.close()  # its holder has removed it meanwhile
+
+
+def _lock(file: TextIO) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        file.seek(1 << 30)  # what is locked cannot be read
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        # Not flock, which the loader's workers would inherit and hold after a kill.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def content_key(*facts: object, module: nn.Module | None = None) -> str:

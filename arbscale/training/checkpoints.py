@@ -40,8 +40,10 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], record: dict, keep
             _remove(final)
         draft.rename(final)
         store.sync(folder)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
         raise OSError(f"the checkpoint {final} could not be written ({error})") from error
     for old in saved(folder)[keep:]:
         _remove(old)
@@ -53,27 +55,56 @@ def saved(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
 
 
-def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
-    """Return the newest intact checkpoint's tensors and record, with a warning for damaged ones."""
+def load_newest(
+    folder: Path, kinds: dict[str, type] | None = None
+) -> tuple[dict[str, Tensor], dict] | None:
+    """Return the newest intact checkpoint's tensors and record, with a warning for damaged ones.
+
+    A record that lacks one of `kinds`, or holds it as another type, is damaged too.
+    """
     for path in saved(folder):
         try:
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
             if store.sha256(path / STATE) != record["sha256"]:
                 raise ValueError("its SHA-256 is another one")
+            if wrong := [k for k, t in (kinds or {}).items() if not isinstance(record[k], t)]:
+                raise ValueError(f"its record's {wrong[0]} is {record[wrong[0]]!r:.100}")
             return load_file(path / STATE), record
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError, *store.STRAY) as error:
             warnings.warn(f"{path} is damaged ({error}); taking the one before", stacklevel=2)
     return None
 
 
-def compare(folder: Path, before: dict, now: dict) -> None:
-    """Refuse to resume with other settings; ValueError lists those of `now` that differ."""
-    changed = [f"{k} was {before[k]} and is {v}" for k, v in now.items() if before.get(k, v) != v]
-    if changed:
+def compare(folder: Path, before: dict, now: dict, allow_changes: bool = False) -> None:
+    """Refuse to resume with other settings; ValueError lists those of `now` that differ.
+
+    A setting may be a dict of files with their sizes; then it names the files. `allow_changes`
+    turns the error into a warning.
+    """
+    found = [_difference(k, before[k], v) for k, v in now.items() if k in before]
+    changed = f"{folder} was begun with other settings: {'; '.join(filter(None, found))}"
+    if any(found) and allow_changes:
+        warnings.warn(changed, stacklevel=2)
+    elif any(found):
         raise ValueError(
-            f"{folder} was begun with other settings: {', '.join(changed)}; use those, or another "
-            "folder"
+            f"{changed}; use those, or another folder, or resume all the same with --allow-changes"
         )
+
+
+def _difference(name: str, before: object, now: object) -> str:
+    """Return what differs, in words, or "" for equal values."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        texts = (f"{len(x)} files" if isinstance(x, dict) else x for x in (before, now))
+        return "" if before == now else "{} was {} and is {}".format(name, *texts)
+    groups = {
+        "missing": before.keys() - now.keys(),
+        "new": now.keys() - before.keys(),
+        "of another size": {k for k in before.keys() & now.keys() if before[k] != now[k]},
+    }
+    found = [f"{len(g)} {kind} ({', '.join(sorted(g)[:3])})" for kind, g in groups.items() if g]
+    if not found and list(before) != list(now):
+        found = ["in another order"]
+    return f"{name}: {', '.join(found)}" if found else ""
 
 
 def _remove(path: Path) -> None:

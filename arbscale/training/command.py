@@ -18,6 +18,7 @@ from arbscale import compat, presets, store
 from arbscale.autoencoder import TinyEncoder
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset
+from arbscale.samplers import Sampling
 from arbscale.training import checkpoints, denoiser, first_stage, sources
 from arbscale.training.loop import Run
 from arbscale.training.processes import process_state
@@ -32,7 +33,7 @@ LICENCES = {
     "afhq_cats": AFHQ,
     "afhq_cats256": AFHQ,
 }
-KEPT = "data seed joint start teacher pool parts subset whole larger".split()  # when resumed
+KEPT = "data seed joint start teacher pool parts subset whole".split()  # when resumed
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,17 @@ class TrainOptions:
     """split a folder in train, val and test: counts, or fractions"""
     subset: int | None = None  # take this many images of the training split
     whole: bool = False  # take square images of one size whole, not in crops
-    larger: str | None = None
-    """with --whole: a data set that holds some of the images larger, for larger targets"""
     profile: bool = False  # measure loading and training instead; OUTPUT gets profile.txt
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range by ValueError."""
+        Sampling(seed=self.seed)  # refuses a seed that no generator takes
         if min(self.steps) < 0:
             raise ValueError(f"steps are at least 0, got {self.steps}")
         if self.pool is not None and self.pool < 2:
             raise ValueError(f"a pool has at least 2 images, got {self.pool}")
-        if self.larger and not self.whole:
-            raise ValueError("--larger goes with whole images; add --whole")
+        if self.parts and not all(0 <= part < float("inf") for part in self.parts):
+            raise ValueError(f"parts are counts, or fractions up to 1, got {self.parts}")
 
 
 def parse(words: list[str]) -> TrainOptions:
@@ -180,7 +180,8 @@ def _fit(module: torch.nn.Module, state: dict[str, torch.Tensor], origin: str | 
 def _teacher(options: TrainOptions) -> TinyEncoder:
     if options.preset.encoder != "tiny":
         raise ValueError(f"only a tiny encoder has a teacher; {options.preset.name} has none")
-    return compat.tiny_encoder(load_file(options.teacher))
+    with store.reading(options.teacher):
+        return compat.tiny_encoder(load_file(options.teacher))
 
 
 def _source(options: TrainOptions) -> sources.Source:
@@ -194,8 +195,7 @@ def _source(options: TrainOptions) -> sources.Source:
     images = open_dataset(options.data, "train", **more)
     if not options.whole:
         return sources.photo_source(images, options.preset)
-    larger = open_dataset(options.larger, "train") if options.larger else None
-    return sources.whole_source(images, larger)
+    return sources.whole_source(images)
 
 
 def _claim(folder: Path, options: TrainOptions) -> None:
@@ -208,8 +208,9 @@ def _claim(folder: Path, options: TrainOptions) -> None:
                 f"{folder} already holds a run; add --resume, or name another --folder"
             )
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))["options"]
-            before, kept = ({k: x.get(k) for k in KEPT} for x in (before, now))
+            with store.reading(path):
+                before = json.loads(path.read_text(encoding="utf-8"))["options"]
+                before, kept = ({k: x.get(k) for k in KEPT} for x in (before, now))
             checkpoints.compare(folder, before, kept)
     config = {"command": _command(), "options": now, "python": platform.python_version()}
     store.write_text(path, json.dumps({**config, "torch": torch.__version__}, indent=2) + "\n")

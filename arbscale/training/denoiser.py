@@ -13,8 +13,9 @@ from arbscale import store
 from arbscale.diffusion import alignment_loss, denoising_loss
 from arbscale.model import ArbitraryScaleModel
 from arbscale.training import latents
+from arbscale.training.draws import step_generator
 from arbscale.training.first_stage import ImageStage
-from arbscale.training.loop import Run, optimise, step_generator
+from arbscale.training.loop import Run, optimise
 from arbscale.training.sources import Source
 
 POOL = 8192  # images encoded once for the diffusion model's training

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +52,14 @@ def in_memory(parts: Parts) -> Latents:
 def cached(folder: Path, key: str, count: int, parts: Parts) -> Latents:
     """Open the cache in `folder`; encode again where there is none or it has another key.
 
-    `count` is N. Raises OSError where it cannot be written.
+    `count` is N. Raises OSError where it cannot be written, RuntimeError where another process is
+    writing it.
     """
     found = _open(folder, key)
     if found is None:
-        _write(folder, key, count, parts)
-        found = _open(folder, key)
+        with store.locked(folder):
+            _write(folder, key, count, parts)
+            found = _open(folder, key)
     return found
 
 
@@ -71,7 +74,7 @@ def _open(folder: Path, key: str) -> Latents | None:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         if (folder / RECORD).exists():
-            print(f"latents: those in {folder} cannot be used ({error}); encoding again")
+            warnings.warn(f"{folder} cannot be used ({error}); encoding again", stacklevel=3)
         return None
 
 

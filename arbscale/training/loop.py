@@ -11,25 +11,27 @@ import contextlib
 import copy
 import math
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from arbscale import store
 from arbscale.presets import Preset
 from arbscale.training import checkpoints
+from arbscale.training.draws import loader
 from arbscale.training.processes import make_accelerator, noted_signals
 from arbscale.training.runlog import RunLog
 
 LEAST = dict.fromkeys(("save_every", "keep", "log_every", "accumulation"), 1)
 LEAST |= dict.fromkeys(("sample_every", "warm_up", "workers"), 0)
+RECORD = {"step": int, "finished": bool, "seconds": float, "settings": dict}
+KEPT = "precision accumulation clip warm_up ema_decay compile channels_last".split()
+"""What decides the weights, to the last bit, and must not change when a run is resumed."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Run:
 
     folder: Path | None = None  # configuration, log, samples and checkpoints; None keeps nothing
     resume: bool = False  # from the newest intact checkpoint in the folder
+    allow_changes: bool = False  # resume although settings or images have changed since
     save_every: int = 500  # steps from checkpoint to checkpoint
     keep: int = 3  # checkpoints kept per stage
     sample_every: int = 1000  # steps from one sheet of samples to the next; 0 for none
@@ -85,6 +88,10 @@ class Stage(nn.Module):
         """The part that ends in the moving average of its weights, if any."""
         return None
 
+    def facts(self) -> dict[str, Any]:
+        """Return what decides the weights beside preset and run, as JSON; see `compare`."""
+        return {}
+
     def prepare(self, run: Run, accelerator: Any, seed: int) -> None:
         """Do what is done once, before the first step."""
 
@@ -100,8 +107,9 @@ class Stage(nn.Module):
 def optimise(stage: Stage, steps: int, seed: int = 0, run: Run | None = None) -> list[float]:
     """Train a stage by Adam with warm-up, cosine decay and clipping; return the loss of each step.
 
-    Raises RuntimeError where the loss or the gradient is not finite, the disk is full, or SIGTERM
-    or SIGINT came, and says how to resume; ValueError where the run does not fit its folder.
+    Raises RuntimeError where the loss or the gradient is not finite, the disk is full or SIGTERM
+    came, and KeyboardInterrupt for Ctrl-C; both say how to resume. RuntimeError where another
+    process has the folder, ValueError where the run does not fit it.
     """
     return _Training(stage, steps, seed, run or Run()).fit()
 
@@ -117,9 +125,22 @@ class _Training:
 
     def fit(self) -> list[float]:
         """Train from the folder's newest checkpoint, or from the start."""
+        alone = self.folder and self.accelerator.is_main_process
+        try:
+            with store.locked(self.run.folder) if alone else contextlib.nullcontext():
+                return self._fit()
+        except OSError as error:
+            raise self._error(str(error)) from error
+        except KeyboardInterrupt as stop:
+            if stop.args:  # it came in the loop, which has saved a checkpoint
+                raise
+            raise self._error("interrupted", KeyboardInterrupt) from None
+
+    def _fit(self) -> list[float]:
         found = self._find()
+        if found:
+            self._load(found[0])
         if found and found[1]["finished"]:
-            self.stage.load_state_dict(_under("stage", found[0]))
             return found[0]["losses"].tolist()
         try:
             self._build(found)
@@ -127,8 +148,6 @@ class _Training:
                 self._loop()
             else:
                 self._finish()
-        except OSError as error:
-            raise self._error(str(error)) from error
         finally:  # leave the network as a plain module, in the usual layout
             if self.run.channels_last:
                 self.stage.to(memory_format=torch.contiguous_format)
@@ -144,24 +163,34 @@ class _Training:
                 raise ValueError(f"{self.folder} is not empty: resume it, or take another folder")
             return None
         with self.accelerator.main_process_first():
-            found = checkpoints.load_newest(self.folder)
+            found = checkpoints.load_newest(self.folder, RECORD)
         if found:
-            checkpoints.compare(self.run.folder, found[1]["settings"], self._settings())
+            run, before = self.run, found[1]["settings"]
+            checkpoints.compare(run.folder, before, self._settings(), run.allow_changes)
         return found
 
     def _settings(self) -> dict:
         """Return what must stay the same when a run is resumed; learning rates may change."""
         preset = {k: v for k, v in self.stage.preset.to_dict().items() if not k.endswith("_lr")}
         preset = {k: list(v) if isinstance(v, tuple) else v for k, v in preset.items()}
-        return {"steps": self.steps, "seed": self.seed, **preset}
+        run = {k: getattr(self.run, k) for k in KEPT}
+        if self.stage.averaged is None:
+            del run["ema_decay"]
+        return {"steps": self.steps, "seed": self.seed, **preset, **run, **self.stage.facts()}
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        try:
+            self.stage.load_state_dict(_under("stage", tensors))
+        except RuntimeError:
+            raise ValueError(
+                f"{self.folder} holds another network; use its preset, or another folder"
+            ) from None
 
     def _build(self, found: tuple[dict[str, Tensor], dict] | None) -> None:
         run, stage, accelerator = self.run, self.stage, self.accelerator
         if accelerator.num_processes > 1:
             stage.to(accelerator.device)
         self.device = next(stage.parameters()).device
-        if found:
-            stage.load_state_dict(_under("stage", found[0]))
         stage.prepare(run, accelerator, self.seed)
         if run.channels_last:
             stage.to(memory_format=torch.channels_last)
@@ -184,13 +213,15 @@ class _Training:
         for name, tensor in _under("optimiser", tensors).items():
             index, key = name.split(".")
             moments.setdefault(int(index), {})[key] = tensor
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+        shapes = {i: p.shape for i, p in enumerate(self.parameters)}  # changes may be allowed
+        if all(shapes.get(i) == state["exp_avg"].shape for i, state in moments.items()):
+            groups = self.optimiser.state_dict()["param_groups"]
+            self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
 
     def _loop(self) -> None:
         run, accelerator = self.run, self.accelerator
         wanted = range(self.step * run.accumulation, self.steps * run.accumulation)
-        shared = accelerator.num_processes, accelerator.process_index
+        shared = run.accumulation, run.workers, accelerator.num_processes, accelerator.process_index
         options = {"initial": self.step, "total": self.steps, "unit": "step", "mininterval": 1}
         options["disable"] = not accelerator.is_main_process
         with (
@@ -198,7 +229,7 @@ class _Training:
             tqdm(desc=self.stage.name, **options) as bar,
         ):
             # Begun here so that its workers, too, outlive the first Ctrl-C.
-            batches = iter(loader(self.stage, wanted, self.seed, run, *shared))
+            batches = iter(loader(self.stage, wanted, self.seed, *shared))
             while self.step < self.steps:
                 started = time.perf_counter()
                 waited, stop = self._advance(batches, signals)
@@ -209,7 +240,8 @@ class _Training:
                     self._save()
                 if stop:
                     name = signals[0] if signals else "a signal to another process"
-                    raise self._error(f"stopped by {name}")
+                    kind = KeyboardInterrupt if name == "SIGINT" else RuntimeError
+                    raise self._error(f"stopped by {name}", kind)
 
     def _advance(
         self, batches: Iterator[dict[str, Tensor]], signals: list[str]
@@ -324,59 +356,11 @@ class _Training:
             settings=asdict(self.run),
         )
 
-    def _error(self, text: str) -> RuntimeError:
+    def _error(self, text: str, kind: type[BaseException] = RuntimeError) -> BaseException:
         """Return an error that says where the run can be resumed from."""
         newest = checkpoints.saved(self.folder)[:1] if self.folder else []
         mend = f"resume from {newest[0]}" if newest else "no checkpoint was kept; start again"
-        return RuntimeError(f"{self.stage.name}: {text}; {mend}")
-
-
-@dataclass(frozen=True)
-class _Draws(Dataset):
-    """Item k is one process's share of part k of the run: a function of k alone."""
-
-    stage: Stage
-    seed: int
-    parts: int
-    processes: int
-    process: int
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        step, part = divmod(index, self.parts)
-        share = self.stage.batch // (self.parts * self.processes)
-        first = (part * self.processes + self.process) * share
-        generator = step_generator(self.seed, self.stage.name, step)
-        return self.stage.draw(generator, slice(first, first + share))
-
-
-def loader(
-    stage: Stage, wanted: range, seed: int, run: Run, processes: int = 1, process: int = 0
-) -> DataLoader:
-    """Return what process `process` of `processes` looks at in the wanted parts of the run.
-
-    A step has `run.accumulation` parts; part 0 is the first of step 0. ValueError where a batch
-    cannot be shared evenly.
-    """
-    if stage.batch % (run.accumulation * processes):
-        raise ValueError(
-            f"{stage.name}: {stage.batch} images per step cannot be shared by {processes} processes"
-            f" in {run.accumulation} parts; take a multiple of {run.accumulation * processes}"
-        )
-    return DataLoader(
-        _Draws(stage, seed, run.accumulation, processes, process),
-        batch_size=None,
-        sampler=wanted,
-        num_workers=run.workers,
-        pin_memory=next(stage.parameters()).device.type == "cuda",
-        generator=torch.Generator(),  # the loader would draw from the global one
-    )
-
-
-def step_generator(seed: int, name: str, step: int) -> torch.Generator:
-    """Return the generator of one step of a stage."""
-    entropy = (seed % (1 << 64), zlib.crc32(name.encode()), step)
-    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]) >> 1)
+        return kind(f"{self.stage.name}: {text}; {mend}")
 
 
 def learning_rate(step: int, steps: int, warm_up: int) -> float:

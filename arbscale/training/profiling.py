@@ -13,8 +13,9 @@ import torch
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import build_decoder
 from arbscale.training.denoiser import AlignmentStage, DiffusionStage
+from arbscale.training.draws import loader
 from arbscale.training.first_stage import AutoencoderStage, DecoderStage
-from arbscale.training.loop import Run, Stage, loader, optimise
+from arbscale.training.loop import Run, Stage, optimise
 from arbscale.training.runlog import read_log
 from arbscale.training.sources import Source
 
@@ -61,8 +62,8 @@ def _train(stage: Stage, run: Run) -> tuple[float, float]:
 
 def _load(stage: Stage, run: Run) -> float:
     """Return images per second."""
-    batches = iter(loader(stage, range((WARM_UP + STEPS) * run.accumulation), 0, run))
-    for _ in range(WARM_UP * run.accumulation):
+    batches = iter(loader(stage, range(WARM_UP + STEPS), 0, workers=run.workers))
+    for _ in range(WARM_UP):
         next(batches)
     started = time.perf_counter()
     for _ in batches:
@@ -72,7 +73,7 @@ def _load(stage: Stage, run: Run) -> float:
 
 def _one_step(stage: Stage) -> str:
     device = next(stage.parameters()).device
-    tensors = next(iter(loader(stage, range(1), 0, Run())))
+    tensors = next(iter(loader(stage, range(1), 0)))
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -54,6 +54,14 @@ def test_a_damaged_one_gives_way_to_the_one_before(folder, harm):
         assert checkpoints.load_newest(folder)[1]["step"] == 4
 
 
+@pytest.mark.parametrize("note", [None, "six", [6], {}])
+def test_a_record_made_by_hand_gives_way_to_the_one_before(folder, note):
+    path = folder / "step-00000006" / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"note": note}))
+    with pytest.warns(UserWarning, match="step-00000006"):
+        assert checkpoints.load_newest(folder, {"note": int})[1]["step"] == 4
+
+
 def test_none_in_an_empty_folder(tmp_path):
     assert checkpoints.load_newest(tmp_path / "nowhere") is None
 
@@ -69,6 +77,16 @@ def test_a_full_disk_leaves_the_old_ones(folder, monkeypatch, call):
     monkeypatch.undo()
     assert checkpoints.load_newest(folder)[1]["step"] == 6
     assert not list(folder.glob(".*"))
+
+
+def test_an_interrupted_checkpoint_leaves_nothing(folder, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(folder, 8, tensors(8), {}, keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000006"]
 
 
 def test_what_a_killed_process_left_is_swept_away(folder):

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -20,6 +22,7 @@ from arbscale.training import (
     step_generator,
 )
 from arbscale.training.loop import learning_rate
+from arbscale.training.runlog import RunLog
 
 
 class Line(Stage):
@@ -243,6 +246,124 @@ def test_a_batch_that_cannot_be_shared():
 def test_nonsense_is_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Run(**options)
+
+
+# Interruptions, other processes, changes ----------------------------------------------------------
+
+
+def interrupts(step, count=1):
+    """Return a function that presses Ctrl-C in a step."""
+
+    def press(now):
+        for _ in range(count if now == step else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return press
+
+
+@pytest.mark.parametrize(("count", "fact"), [(1, "SIGINT.*step-0+5$"), (2, "line.*step-0+3$")])
+def test_ctrl_c_in_the_loop_is_one_line(tmp_path, count, fact):
+    with pytest.raises(KeyboardInterrupt, match=fact) as stopped:
+        trained(Line(interrupts(5, count)), folder=tmp_path, save_every=3)
+    assert "\n" not in str(stopped.value)
+    losses, weight = trained(folder=tmp_path, resume=True)
+    whole = trained()
+    assert losses == whole[0] and torch.equal(weight, whole[1])
+
+
+def test_ctrl_c_before_the_loop_is_one_line(tmp_path):
+    stage = Line()
+    stage.prepare = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="line"):
+        trained(stage, folder=tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a signal to a process alone")
+def test_workers_leave_ctrl_c_to_the_training():
+    stage = Line()
+
+    def draw(generator, part):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        return Line.draw(stage, generator, part)
+
+    stage.draw = draw
+    assert trained(stage, workers=1)[0] == trained()[0]
+
+
+def test_a_folder_has_one_training(tmp_path):
+    """The second process says who holds it, and the first one's checkpoints stay whole."""
+    program = (
+        "import sys, time; from arbscale import store\n"
+        "with store.locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path / "run")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(RuntimeError, match=str(other.pid)):
+            trained(folder=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        other.kill()
+    trained(folder=tmp_path / "run", steps=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_disk_that_is_full_when_the_log_is_closed(tmp_path, monkeypatch):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunLog, "close", full)
+    with pytest.raises(RuntimeError, match="line.*No space left.*step-"):
+        trained(folder=tmp_path)
+
+
+class Pictures(Line):
+    """A line that is drawn from files."""
+
+    def __init__(self, files, width=3):
+        super().__init__()
+        self.files, self.net = files, nn.Linear(width, 1)
+
+    def facts(self):
+        return {"images": self.files}
+
+
+FILES = {"a.png": 10, "b.png": 20}
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "facts"),
+    [
+        ({"a.png": 10}, {}, ["b.png"]),
+        ({**FILES, "c.png": 1}, {}, ["c.png"]),
+        ({"a.png": 10, "b.png": 21}, {}, ["b.png"]),
+        (dict(reversed(FILES.items())), {}, ["images", "order"]),
+        (FILES, {"clip": 0.5}, ["clip", "1.0", "0.5"]),
+        (FILES, {"precision": "bf16"}, ["precision", "bf16"]),
+        (FILES, {"accumulation": 2}, ["accumulation", "2"]),
+        (FILES, {"ema_decay": 0.5}, ["ema_decay", "0.5"]),
+        (FILES, {"warm_up": 5}, ["warm_up", "5"]),
+    ],
+)
+def test_what_changes_the_weights_is_named_when_resumed(tmp_path, files, options, facts):
+    stage = Pictures(FILES)
+    stage.on_step = interrupts(5)
+    with pytest.raises(KeyboardInterrupt):
+        trained(stage, folder=tmp_path)
+    options = {"folder": tmp_path, "resume": True, **options}
+    with pytest.raises(ValueError, match="allow") as refused:
+        trained(Pictures(files), **options)
+    assert all(fact in str(refused.value) for fact in facts)
+    with pytest.warns(UserWarning, match=facts[0]):
+        losses, _ = trained(Pictures(files), **options, allow_changes=True)
+    assert len(losses) == 12
+
+
+def test_another_network_cannot_be_resumed_at_all(tmp_path):
+    trained(Pictures(FILES), folder=tmp_path, steps=2)
+    options = {"resume": True, "allow_changes": True, "steps": 2}
+    with pytest.raises(ValueError, match="line"):
+        trained(Pictures(FILES, width=4), folder=tmp_path, **options)
 
 
 # What is left to look at --------------------------------------------------------------------------
