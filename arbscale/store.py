@@ -8,11 +8,15 @@ before it is used.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -153,8 +157,75 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:  # some network shares sync files alone
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(handle)
+
+
+_HELD: set[Path] = set()  # the locks of this process
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Keep other processes from writing `path`, a file or a folder; one process may nest calls.
+
+    The lock is a file beside `path` that names its holder. The system releases it when the process
+    ends, even by a kill, so none is left behind. Raises RuntimeError that says who holds the lock.
+    """
+    path = Path(path).resolve()
+    lock = path.with_name(f".{path.name}.lock")
+    if lock in _HELD:
+        yield
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with _acquire(lock) as file:
+        _HELD.add(lock)
+        try:
+            file.truncate(0)
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {platform.node()}, started {started}")
+            file.flush()
+            yield
+        finally:
+            _HELD.remove(lock)
+            with contextlib.suppress(OSError):  # Windows removes no open files
+                lock.unlink()
+
+
+def _acquire(lock: Path) -> TextIO:
+    """Open and lock a file; RuntimeError if another process has locked it."""
+    while True:
+        file = lock.open("a+", encoding="utf-8")
+        try:
+            _lock(file)
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return file  # a share that knows no locks
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            output = lock.with_name(lock.name[1 : -len(".lock")])
+            raise RuntimeError(f"{output} is in use: {holder}; wait until it ends") from None
+        file.close()  # its holder has removed it meanwhile
+
+
+def _lock(file: TextIO) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        file.seek(1 << 30)  # what is locked cannot be read
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        # Not flock, which the loader's workers would inherit and hold after a kill.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def content_key(*facts: object, module: nn.Module | None = None) -> str:

@@ -2,8 +2,13 @@
 
 import ast
 import dataclasses
+import errno
 import json
 import os
+import platform
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -249,3 +254,64 @@ def test_a_content_key_depends_on_facts_and_weights():
     assert len(keys) == 15
     assert store.content_key(torch.zeros(2, dtype=torch.bfloat16)) != store.content_key(2)
     assert store.content_key({"a": 1, "b": 2}) == store.content_key({"b": 2, "a": 1})
+
+
+# Two processes, and network shares ----------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from arbscale import store
+with store.locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of `out`."""
+    words = [sys.executable, "-c", HOLDER, str(tmp_path / "out")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
+
+
+def test_the_second_process_learns_who_holds_the_lock(tmp_path, holder):
+    with pytest.raises(RuntimeError) as refused, store.locked(tmp_path / "out"):
+        pass
+    text = str(refused.value)
+    assert all(fact in text for fact in (str(holder.pid), platform.node(), str(tmp_path / "out")))
+    with store.locked(tmp_path / "other"):
+        pass
+
+
+def test_a_killed_process_holds_no_lock(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    assert list(tmp_path.iterdir())
+    with store.locked(tmp_path / "out"), store.locked(tmp_path / "out"):
+        assert str(os.getpid()) in next(tmp_path.iterdir()).read_text()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows syncs no folders")
+def test_a_share_that_cannot_sync_folders(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def share(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", share)
+    store.write_text(tmp_path / "a", "text")
+    assert (tmp_path / "a").read_text() == "text"
+    for number, file in ((errno.EINVAL, "a"), (errno.EIO, "")):  # a file, and a broken disk
+
+        def broken(handle, number=number):
+            raise OSError(number, "broken")
+
+        monkeypatch.setattr(os, "fsync", broken)
+        with pytest.raises(OSError, match="broken"):
+            store.sync(tmp_path / file)

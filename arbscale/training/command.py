@@ -32,7 +32,7 @@ LICENCES = {
     "afhq_cats": AFHQ,
     "afhq_cats256": AFHQ,
 }
-KEPT = "data seed joint start teacher pool parts subset whole larger".split()  # when resumed
+KEPT = "data seed joint start teacher pool parts subset whole".split()  # when resumed
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,6 @@ class TrainOptions:
     """split a folder in train, val and test: counts, or fractions"""
     subset: int | None = None  # take this many images of the training split
     whole: bool = False  # take square images of one size whole, not in crops
-    larger: str | None = None
-    """with --whole: a data set that holds some of the images larger, for larger targets"""
     profile: bool = False  # measure loading and training instead; OUTPUT gets profile.txt
 
     def __post_init__(self) -> None:
@@ -67,8 +65,6 @@ class TrainOptions:
             raise ValueError(f"steps are at least 0, got {self.steps}")
         if self.pool is not None and self.pool < 2:
             raise ValueError(f"a pool has at least 2 images, got {self.pool}")
-        if self.larger and not self.whole:
-            raise ValueError("--larger goes with whole images; add --whole")
 
 
 def parse(words: list[str]) -> TrainOptions:
@@ -194,8 +190,7 @@ def _source(options: TrainOptions) -> sources.Source:
     images = open_dataset(options.data, "train", **more)
     if not options.whole:
         return sources.photo_source(images, options.preset)
-    larger = open_dataset(options.larger, "train") if options.larger else None
-    return sources.whole_source(images, larger)
+    return sources.whole_source(images)
 
 
 def _claim(folder: Path, options: TrainOptions) -> None:

@@ -145,26 +145,6 @@ class PhotoSource:
         return images and f"photographs {images}, crops {self.sides}"
 
 
-@dataclass(frozen=True)
-class MixedSource:
-    """Draw each batch from one of two sources, from the second with probability `share`."""
-
-    first: Source
-    second: Source
-    share: float
-
-    def __call__(self, n: int, generator: torch.Generator, part: slice | None = None) -> Batch:
-        """Draw n images of one of the sources; see `Source`."""
-        second = torch.rand((), generator=generator) < self.share
-        return (self.second if second else self.first)(n, generator, part)
-
-    @property
-    def identity(self) -> str | None:
-        """Which images these are; None where one of the sources cannot tell."""
-        names = [getattr(source, "identity", None) for source in (self.first, self.second)]
-        return f"{names[0]}, or at {self.share} {names[1]}" if all(names) else None
-
-
 def scene_source(count: int = 1 << 20, seed: int = 0) -> SceneSource:
     """Draw from the first `count` scenes of a seed's training split."""
     return SceneSource(count, seed)
@@ -176,14 +156,8 @@ def photo_source(images: Sequence[Tensor], preset: Preset) -> PhotoSource:
     return PhotoSource(images, (smallest, max(smallest, preset.target_sizes[1])))
 
 
-def whole_source(images: Sequence[Tensor], larger: Sequence[Tensor] | None = None) -> Source:
-    """Draw square images of one size whole, flipped half of the time.
-
-    `larger` holds some of them in a larger size: every fourth batch is drawn from it, so that
-    targets beyond the others' size can be learned. ValueError for images that are not square.
-    """
-    if larger is not None:
-        return MixedSource(whole_source(images), whole_source(larger), share=0.25)
+def whole_source(images: Sequence[Tensor]) -> PhotoSource:
+    """Draw square images of one size whole, flipped half of the time; ValueError for others."""
     height, width = images[0].shape[-2:]
     if height != width:
         raise ValueError(f"an image of {height} x {width} is not square; crop it, or omit --whole")
