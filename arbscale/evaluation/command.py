@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from arbscale import evaluation
+from arbscale import evaluation, store
 from arbscale.coords import Size
 from arbscale.evaluation import Partial, ablation, get_protocol, reports, sets
 from arbscale.evaluation import bench as benchmark
@@ -18,6 +20,9 @@ from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.samplers import Sampling
 
 Output = Annotated[Path | None, arg(aliases=["-o"])]
+
+ARITHMETIC = 1
+"""Part of what names finished pieces; one more for each change of the code that changes numbers."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,29 @@ class Options:
         return Sampling(steps, self.sampler, self.seed)
 
     def partial(self, report: dict, images: str) -> Partial:
-        """Keep finished pieces beside the output, for this report and these images alone."""
+        """Return the pieces beside the output that this task, model, protocol and data decide.
+
+        What made the first of them is added to the report where it is not what runs now.
+        """
         folder = self.output and self.output.with_suffix(".partial")
-        return Partial(folder, {**report, "command": None, "fingerprint": images})
+        facts = {key: report[key] for key in ("task", "model", "weights", "protocol")}
+        partial = Partial(folder, {**facts, "images": images, "arithmetic": ARITHMETIC})
+        makers = {key: report[key] for key in ("versions", "machine")}
+        if (first := partial.numbers("made-with", lambda: makers)) != makers:
+            print(f"{partial.folder} was begun with {first}; its pieces are used", file=sys.stderr)
+            report["begun with"] = first
+        return partial
 
 
 def evaluate(options: Annotated[Options, arg(name="")]) -> None:
     """Score a model and its baselines on unseen images; print a table, write JSON."""
-    started = time.perf_counter()
     _check_output(options.output)
+    with store.locked(options.output) if options.output else contextlib.nullcontext():
+        _evaluate(options)
+
+
+def _evaluate(options: Options) -> None:
+    started = time.perf_counter()
     model = ArbitraryScaleModel.load(options.model).to(pick_device())
     task = options.task or ("upscale" if model.preset.low_size else "reconstruct")
     run = _generation if task == "generate" else _pairs
@@ -240,4 +259,5 @@ def ablate(
     """
     _check_output(output)
     settings = ablation.Settings(compare, seeds, steps, pool, number, features)
-    _report(ablation.ablate(settings, ablation.open_folder(folder)), output)
+    with store.locked(output), store.locked(folder):
+        _report(ablation.ablate(settings, ablation.open_folder(folder)), output)
