@@ -72,7 +72,7 @@ class Settings:
     seeds: int = 3  # runs of each contestant
     steps: int = 500  # of each run
     pool: int = 4096  # images that are encoded for a run
-    number: int = 256  # of images held out, of real ones and of generated ones, where there are
+    number: int = 256  # of images held out, of real ones and of generated ones
     features: str = "encoder"  # of the distances; see features.extractor
 
     def __post_init__(self) -> None:
@@ -128,9 +128,9 @@ class _Arena:
         train, test = (open_dataset(name, split) for split in ("train", "test"))
         scenes = data == "scenes"
         self.source = training.scene_source() if scenes else training.whole_source(train)
-        self.real, self.held_out = (
-            RealPictures(images, min(settings.number, len(images))) for images in (train, test)
-        )
+        if settings.number > (most := min(len(train), len(test))):  # distances depend on it
+            raise ValueError(f"{name} has {most} images to compare; take --number {most} or less")
+        self.real, self.held_out = (RealPictures(x, settings.number) for x in (train, test))
         self.network = extractor(settings.features, self.device)
         facts = fingerprint(train), fingerprint(test)
         self.key = content_key(*facts, module=self.base.first_stage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from arbscale import evaluation, store
 from arbscale.coords import Size
 from arbscale.evaluation import Partial, ablation, get_protocol, reports, sets
 from arbscale.evaluation import bench as benchmark
-from arbscale.evaluation.features import fingerprint
+from arbscale.evaluation.features import fingerprint, image_name
 from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.samplers import Sampling
 
@@ -37,7 +38,7 @@ class Options:
     scales: tuple[float, ...] = (2.0, 3.7, 6.0)
     sizes: tuple[Size, ...] = ()  # to generate at: 128 or 75x100
     number: Annotated[int | None, arg(aliases=["-n"])] = None
-    """of images; default all, or 1000 to generate"""
+    """of images; default all, or to generate 1000, or the unseen real ones where they are fewer"""
     reference: int | None = None  # real images to generate against; default as many
     protocol: str = "whole"  # whole, benchmark, div2k, paper_faces ...
     features: str = "encoder"  # of the distances: encoder, alexnet, vgg16, or inception (FID)
@@ -108,6 +109,8 @@ def _pairs(options: Options, model: ArbitraryScaleModel, task: str) -> tuple[dic
         raise ValueError(f"{options.model} is a generator; take --task reconstruct or generate")
     data = _data(options, model)
     split = options.split or ("test" if data == "scenes" else "val")
+    if data == "scenes" and split == "all":
+        raise ValueError("scenes have an exact ground truth by split; take train, val or test")
     images = open_dataset(data, split)
     n = options.count(32 if data == "scenes" else len(images))
     if n > len(images):
@@ -126,8 +129,9 @@ def _pairs(options: Options, model: ArbitraryScaleModel, task: str) -> tuple[dic
             return evaluation.reconstruction_rows(model, images, index, scale, rule)
         return evaluation.upscaling_rows(model, images[index], scale, rule, sampling, index)
 
-    results = evaluation.evaluate_pairs(rows, rule, options.scales, n, partial, with_lpips)
-    report["results"] = results
+    names = functools.partial(image_name, images)
+    args = rows, rule, options.scales, n, partial, with_lpips, names
+    report["results"] = evaluation.evaluate_pairs(*args)
     return report, partial
 
 
@@ -136,20 +140,23 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
 
     if model.preset.low_size:
         raise ValueError(f"{options.model} is a super-resolution model; take --task upscale")
-    data, n = _data(options, model), options.count(1000)
-    reference = options.reference or n
-    split = options.split or "train"
+    data, split = _data(options, model), options.split or "train"
     others = "test" if split != "test" else "train"
+    n, reference = options.count(1000), options.reference
+    if reference is not None and reference < 1:
+        raise ValueError(f"--reference is at least 1, got {reference}")
     if data == "scenes":  # there are as many as are asked for
-        real, unseen = (ContinuousScenes(max(n, reference), split=s) for s in (split, others))
+        real, unseen = (ContinuousScenes(max(n, reference or 1), split=s) for s in (split, others))
     else:
         real, unseen = (open_dataset(data, s) for s in (split, others))
+        if options.number is None:  # as many as each row of the table can have
+            n = min(n, len(unseen))
     side = model.preset.image_size
     job = sets.Job(
         model,
-        sets.RealPictures(real, min(reference, len(real))),
+        sets.RealPictures(real, min(reference or n, len(real))),
         sets.RealPictures(unseen, min(n, len(unseen))),
-        options.sizes or ((side, side), (2 * side, 2 * side)),
+        tuple(dict.fromkeys(options.sizes)) or ((side, side), (2 * side, 2 * side)),
         n,
         options.features,
         options.sampling(20),
