@@ -228,11 +228,7 @@ def cost(preset: Preset, device: torch.device, seconds: float = 5.0) -> dict:
     Multiply-adds are those of matrix products, convolutions and attention, forward. Memory is what
     a step keeps for its backward pass, and the highest use as `bench` measures it.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     shape = (preset.latent_channels, preset.latent_size, preset.latent_size)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        presets.build_denoiser(preset)(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long))
     denoiser = presets.build_denoiser(preset).to(device)
     optimiser = torch.optim.Adam(denoiser.parameters())
     z = torch.zeros(preset.diffusion_batch, *shape, device=device)
@@ -256,12 +252,23 @@ def cost(preset: Preset, device: torch.device, seconds: float = 5.0) -> dict:
     del output
     speed = images_per_second(step, preset.diffusion_batch, seconds, device)
     return {
-        "parameters": sum(p.numel() for p in denoiser.parameters()),
-        "multiply_adds": counter.get_total_flops() // 2,
+        **count(preset),
         "milliseconds": 1000 * speed.seconds,
         "kept_megabytes": sum(kept.values()) / 1e6,
         "peak_megabytes": speed.peak_megabytes,
     }
+
+
+def count(preset: Preset) -> dict[str, int]:
+    """Return parameters and multiply-adds per latent; nothing is computed for them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = (1, preset.latent_channels, preset.latent_size, preset.latent_size)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        denoiser = presets.build_denoiser(preset)
+        denoiser(torch.zeros(shape), torch.zeros(1, dtype=torch.long))
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 2}
 
 
 def _digest(*facts: object) -> str:

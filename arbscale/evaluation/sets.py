@@ -78,7 +78,8 @@ class RealPictures:
         if image.shape[-2] < size[0] or image.shape[-1] < size[1]:
             raise ValueError(
                 f"{image_name(self.images, index)}, cropped to {image.shape[-2]} x "
-                f"{image.shape[-1]}, is too small for {size[0]} x {size[1]}; leave that size out, or take larger images"
+                f"{image.shape[-1]}, is too small for {size[0]} x {size[1]}; leave that "
+                "size out, or take larger images"
             )
         top, left, height, width = window or (0, 0, *size)
         return resize(image, size)[:, top : top + height, left : left + width]
