@@ -77,8 +77,7 @@ class Options:
 
 def evaluate(options: Annotated[Options, arg(name="")]) -> None:
     """Score a model and its baselines on unseen images; print a table, write JSON."""
-    _check_output(options.output)
-    with store.locked(options.output) if options.output else contextlib.nullcontext():
+    with _writing(options.output):
         _evaluate(options)
 
 
@@ -169,9 +168,11 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
     return report, partial
 
 
-def _check_output(path: Path | None) -> None:
+def _writing(path: Path | None) -> contextlib.AbstractContextManager:
+    """Return what keeps other processes from writing an output, refused before anything runs."""
     if path and (path.is_dir() or path.suffix.lower() != ".json"):
         raise ValueError(f"{path}: name a JSON file, such as results/{path.stem or 'scores'}.json")
+    return store.locked(path) if path else contextlib.nullcontext()
 
 
 def _report(report: dict, output: Path | None) -> None:
@@ -224,11 +225,11 @@ def bench(
         A JSON file.
 
     """
-    _check_output(output)
     if batch < 1:
         raise ValueError(f"--batch is at least 1, got {batch}")
-    loaded = ArbitraryScaleModel.load(model).to(pick_device())
-    _report(benchmark.measure(loaded, sizes, batch, steps, 0.0 if quick else seconds), output)
+    with _writing(output):
+        loaded = ArbitraryScaleModel.load(model).to(pick_device())
+        _report(benchmark.measure(loaded, sizes, batch, steps, 0.0 if quick else seconds), output)
 
 
 def ablate(
@@ -264,7 +265,6 @@ def ablate(
         Of finished pieces, from which a stopped comparison resumes.
 
     """
-    _check_output(output)
     settings = ablation.Settings(compare, seeds, steps, pool, number, features)
-    with store.locked(output), store.locked(folder):
+    with _writing(output), store.locked(folder):
         _report(ablation.ablate(settings, ablation.open_folder(folder)), output)

@@ -48,6 +48,15 @@ def test_a_second_process_is_told_who_writes_the_output(words, tmp_path, capsys)
     assert "process 4711 on elsewhere" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [("evaluate", "nowhere"), ("bench", "nowhere"), ("ablate",)])
+def test_an_output_that_cannot_be_written_is_refused_first(words, tmp_path, capsys):
+    (tmp_path / "a file").write_text("")
+    assert main([*words, "-o", str(tmp_path / "a file/out.json")]) == 2
+    assert "a file" in capsys.readouterr().err
+    assert main([*words, "-o", str(tmp_path / "out.txt")]) == 2
+    assert "out.txt" in capsys.readouterr().err
+
+
 def test_pieces_outlive_other_versions_and_machines(tiny, tmp_path, capsys):
     options = Options("tiny", output=tmp_path / "out.json")
     report = reports.header(ArbitraryScaleModel.load(tiny), "reconstruct", {"n": 1})
