@@ -151,11 +151,15 @@ def open_dataset(
 def _open(
     name: str | Path, split: str, parts: Sequence[float], seed: int
 ) -> Sequence[Tensor] | Dataset:
+    if name == "scenes" and split == "all":
+        return ConcatDataset([_open(name, s, parts, seed) for s in SPLITS])
     if name == "scenes":
         return ContinuousScenes(10_000 if split == "train" else 1_000, split=split)
     if name == "photos":
-        check_split(split)
         photos = sample_photos()
+        if split == "all":
+            return list(photos.values())
+        check_split(split)
         held_out = {n: s for s, names in _SAMPLE_SPLITS.items() for n in names}
         return [photo for n, photo in photos.items() if held_out.get(n, "train") == split]
     if isinstance(name, str) and _set_of(name) in _TORCHVISION:

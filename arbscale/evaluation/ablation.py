@@ -72,7 +72,7 @@ class Settings:
     seeds: int = 3  # runs of each contestant
     steps: int = 500  # of each run
     pool: int = 4096  # images that are encoded for a run
-    number: int = 256  # of images held out, of real ones and of generated ones, where there are
+    number: int = 256  # of images held out, of real ones and of generated ones
     features: str = "encoder"  # of the distances; see features.extractor
 
     def __post_init__(self) -> None:
@@ -128,9 +128,9 @@ class _Arena:
         train, test = (open_dataset(name, split) for split in ("train", "test"))
         scenes = data == "scenes"
         self.source = training.scene_source() if scenes else training.whole_source(train)
-        self.real, self.held_out = (
-            RealPictures(images, min(settings.number, len(images))) for images in (train, test)
-        )
+        if settings.number > (most := min(len(train), len(test))):  # distances depend on it
+            raise ValueError(f"{name} has {most} images to compare; take --number {most} or less")
+        self.real, self.held_out = (RealPictures(x, settings.number) for x in (train, test))
         self.network = extractor(settings.features, self.device)
         facts = fingerprint(train), fingerprint(test)
         self.key = content_key(*facts, module=self.base.first_stage)
@@ -228,11 +228,7 @@ def cost(preset: Preset, device: torch.device, seconds: float = 5.0) -> dict:
     Multiply-adds are those of matrix products, convolutions and attention, forward. Memory is what
     a step keeps for its backward pass, and the highest use as `bench` measures it.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     shape = (preset.latent_channels, preset.latent_size, preset.latent_size)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        presets.build_denoiser(preset)(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long))
     denoiser = presets.build_denoiser(preset).to(device)
     optimiser = torch.optim.Adam(denoiser.parameters())
     z = torch.zeros(preset.diffusion_batch, *shape, device=device)
@@ -256,12 +252,23 @@ def cost(preset: Preset, device: torch.device, seconds: float = 5.0) -> dict:
     del output
     speed = images_per_second(step, preset.diffusion_batch, seconds, device)
     return {
-        "parameters": sum(p.numel() for p in denoiser.parameters()),
-        "multiply_adds": counter.get_total_flops() // 2,
+        **count(preset),
         "milliseconds": 1000 * speed.seconds,
         "kept_megabytes": sum(kept.values()) / 1e6,
         "peak_megabytes": speed.peak_megabytes,
     }
+
+
+def count(preset: Preset) -> dict[str, int]:
+    """Return parameters and multiply-adds per latent; nothing is computed for them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = (1, preset.latent_channels, preset.latent_size, preset.latent_size)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        denoiser = presets.build_denoiser(preset)
+        denoiser(torch.zeros(shape), torch.zeros(1, dtype=torch.long))
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 2}
 
 
 def _digest(*facts: object) -> str:

@@ -19,6 +19,7 @@ from arbscale.model import ArbitraryScaleModel
 
 CPU = torch.device("cpu")
 AGREEMENT = 1e-4  # largest difference of the two decoders' images
+PAPER_SIZE = (256, 256)  # of the images that a LIIF as large as the paper's renders
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def measure(
         for sampler, n in [("dpm_solver_pp", steps), ("ddim", 200)][: 2 if i == 0 else 1]:
             whole = _whole(model, size, batch, n, sampler)
             time(size, {f"end to end, {sampler}, {n} steps": whole})
-    time((256, 256), _paper_liif(batch, model.device))
+    time(PAPER_SIZE, _paper_liif(batch, model.device))
     protocol = {
         "batch": batch,
         "steps": steps,
@@ -117,8 +118,8 @@ def _decoders(
 
 
 def _paper_liif(batch: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:
-    """Return calls that render 256 x 256 from 64 x 64 x 128 features with four layers of 256."""
-    liif, size = LIIF(128, (256,) * 4).to(device), (256, 256)
+    """Return calls that render `PAPER_SIZE` from 64 x 64 x 128 features, four layers of 256."""
+    liif, size = LIIF(128, (256,) * 4).to(device), PAPER_SIZE
     features = _seeded(torch.randn, batch, 128, 64, 64).to(device)
     return {
         "render, LIIF of the paper": lambda: liif.render(features, size),

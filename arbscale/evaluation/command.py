@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +16,15 @@ from arbscale import evaluation, store
 from arbscale.coords import Size
 from arbscale.evaluation import Partial, ablation, get_protocol, reports, sets
 from arbscale.evaluation import bench as benchmark
-from arbscale.evaluation.features import fingerprint
+from arbscale.evaluation.features import fingerprint, image_name
 from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.samplers import Sampling
 
 MAX_BATCH = 100_000  # of bench
 Output = Annotated[Path | None, arg(aliases=["-o"])]
+
+ARITHMETIC = 1
+"""Part of what names finished pieces; one more for each change of the code that changes numbers."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Options:
     scales: tuple[float, ...] = (2.0, 3.7, 6.0)
     sizes: tuple[Size, ...] = ()  # to generate at: 128 or 75x100
     number: Annotated[int | None, arg(aliases=["-n"])] = None
-    """of images; default all, or 1000 to generate"""
+    """of images; default all, or to generate 1000, or the unseen real ones where they are fewer"""
     reference: int | None = None  # real images to generate against; default as many
     protocol: str = "whole"  # whole, benchmark, div2k, paper_faces ...
     features: str = "encoder"  # of the distances: encoder, alexnet, vgg16, or inception (FID)
@@ -56,15 +62,28 @@ class Options:
         return Sampling(steps, self.sampler, self.seed)
 
     def partial(self, report: dict, images: str) -> Partial:
-        """Keep finished pieces beside the output, for this report and these images alone."""
+        """Return the pieces beside the output that this task, model, protocol and data decide.
+
+        What made the first of them is added to the report where it is not what runs now.
+        """
         folder = self.output and self.output.with_suffix(".partial")
-        return Partial(folder, {**report, "command": None, "fingerprint": images})
+        facts = {key: report[key] for key in ("task", "model", "weights", "protocol")}
+        partial = Partial(folder, {**facts, "images": images, "arithmetic": ARITHMETIC})
+        makers = {key: report[key] for key in ("versions", "machine")}
+        if (first := partial.numbers("made-with", lambda: makers)) != makers:
+            print(f"{partial.folder} was begun with {first}; its pieces are used", file=sys.stderr)
+            report["begun with"] = first
+        return partial
 
 
 def evaluate(options: Annotated[Options, arg(name="")]) -> None:
     """Score a model and its baselines on unseen images; print a table, write JSON."""
+    with _writing(options.output):
+        _evaluate(options)
+
+
+def _evaluate(options: Options) -> None:
     started = time.perf_counter()
-    _check_output(options.output)
     model = ArbitraryScaleModel.load(options.model).to(pick_device())
     task = options.task or ("upscale" if model.preset.low_size else "reconstruct")
     run = _generation if task == "generate" else _pairs
@@ -90,6 +109,8 @@ def _pairs(options: Options, model: ArbitraryScaleModel, task: str) -> tuple[dic
         raise ValueError(f"{options.model} is a generator; take --task reconstruct or generate")
     data = _data(options, model)
     split = options.split or ("test" if data == "scenes" else "val")
+    if data == "scenes" and split == "all":
+        raise ValueError("scenes have an exact ground truth by split; take train, val or test")
     images = open_dataset(data, split)
     n = options.count(32 if data == "scenes" else len(images))
     if n > len(images):
@@ -108,8 +129,9 @@ def _pairs(options: Options, model: ArbitraryScaleModel, task: str) -> tuple[dic
             return evaluation.reconstruction_rows(model, images, index, scale, rule)
         return evaluation.upscaling_rows(model, images[index], scale, rule, sampling, index)
 
-    results = evaluation.evaluate_pairs(rows, rule, options.scales, n, partial, with_lpips)
-    report["results"] = results
+    names = functools.partial(image_name, images)
+    args = rows, rule, options.scales, n, partial, with_lpips, names
+    report["results"] = evaluation.evaluate_pairs(*args)
     return report, partial
 
 
@@ -118,20 +140,23 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
 
     if model.preset.low_size:
         raise ValueError(f"{options.model} is a super-resolution model; take --task upscale")
-    data, n = _data(options, model), options.count(1000)
-    reference = options.reference or n
-    split = options.split or "train"
+    data, split = _data(options, model), options.split or "train"
     others = "test" if split != "test" else "train"
+    n, reference = options.count(1000), options.reference
+    if reference is not None and reference < 1:
+        raise ValueError(f"--reference is at least 1, got {reference}")
     if data == "scenes":  # there are as many as are asked for
-        real, unseen = (ContinuousScenes(max(n, reference), split=s) for s in (split, others))
+        real, unseen = (ContinuousScenes(max(n, reference or 1), split=s) for s in (split, others))
     else:
         real, unseen = (open_dataset(data, s) for s in (split, others))
+        if options.number is None:  # as many as each row of the table can have
+            n = min(n, len(unseen))
     side = model.preset.image_size
     job = sets.Job(
         model,
-        sets.RealPictures(real, min(reference, len(real))),
+        sets.RealPictures(real, min(reference or n, len(real))),
         sets.RealPictures(unseen, min(n, len(unseen))),
-        options.sizes or ((side, side), (2 * side, 2 * side)),
+        tuple(dict.fromkeys(options.sizes)) or ((side, side), (2 * side, 2 * side)),
         n,
         options.features,
         options.sampling(20),
@@ -144,11 +169,13 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
     return report, partial
 
 
-def _check_output(path: Path | None) -> None:
+def _writing(path: Path | None) -> contextlib.AbstractContextManager:
+    """Return what keeps other processes from writing an output, refused before anything runs."""
     if path and (path.is_dir() or path.suffix.lower() != ".json"):
         raise ValueError(f"{path}: name a JSON file, such as results/{path.stem or 'scores'}.json")
     if path:
         store.check_writable(path)
+    return store.locked(path) if path else contextlib.nullcontext()
 
 
 def _report(report: dict, output: Path | None) -> None:
@@ -201,13 +228,13 @@ def bench(
         A JSON file.
 
     """
-    _check_output(output)
     if not 1 <= batch <= MAX_BATCH:
         raise ValueError(f"--batch is from 1 to {MAX_BATCH}, got {batch}")
     if not sizes or not 0 <= seconds < float("inf"):
         raise ValueError(f"bench takes --sizes, and --seconds from 0 on, got {sizes}, {seconds}")
-    loaded = ArbitraryScaleModel.load(model).to(pick_device())
-    _report(benchmark.measure(loaded, sizes, batch, steps, 0.0 if quick else seconds), output)
+    with _writing(output):
+        loaded = ArbitraryScaleModel.load(model).to(pick_device())
+        _report(benchmark.measure(loaded, sizes, batch, steps, 0.0 if quick else seconds), output)
 
 
 def ablate(
@@ -243,9 +270,9 @@ def ablate(
         Of finished pieces, from which a stopped comparison resumes.
 
     """
-    _check_output(output)
     settings = ablation.Settings(compare, seeds, steps, pool, number, features)
     try:
-        _report(ablation.ablate(settings, ablation.open_folder(folder)), output)
+        with _writing(output), store.locked(folder):
+            _report(ablation.ablate(settings, ablation.open_folder(folder)), output)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; rerun the same command to resume") from None

@@ -8,6 +8,9 @@ other two need no network connection, and what is measured with them is not an F
 from __future__ import annotations
 
 import os
+import pickle
+import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +21,16 @@ from torch import Tensor
 
 from arbscale.data import resize, to_uint8
 from arbscale.evaluation.resume import kept_tensors
-from arbscale.store import content_key
+from arbscale.store import content_key, sha256
 
 ENCODER = "photos-tiny"
 """The shipped model whose encoder serves as an extractor, for every model that is measured."""
+
+SHA256 = {
+    "6726825d": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",  # Inception
+    "397923af": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",  # VGG-16
+}
+"""By their first digits, of the networks that published numbers are over."""
 
 CHUNK = (64, 4)
 """Images at once on a GPU, and on a CPU, whose cache holds no more."""
@@ -119,8 +128,8 @@ def _fidelity(name: str, device: torch.device) -> Extractor:
     else:
         registered, layer, width, url = name, "fc2_relu", 4096, VGG16_Weights.IMAGENET1K_V1.url
         label = "VGG-16 of torch-fidelity, fc2 after its ReLU, 4096 numbers"
-    # torch-fidelity unpickles the file as it is: see first that it holds tensors alone.
-    _download(url, "measure with --features encoder or alexnet, which is not an FID")
+    # torch-fidelity unpickles the file as it is: see first that it is the published one.
+    _hub_state(url, "measure with --features encoder or alexnet, which is not an FID")
     network = create_feature_extractor(registered, [layer], cuda=False, verbose=False).to(device)
     key = f"torch-fidelity {registered} {layer}"
     return Extractor(name, label, width, key, lambda x: network(x)[0], device)
@@ -133,7 +142,7 @@ def backbone_file(name: str) -> Path | None:
     """
     folders = [_checkpoints()]
     if own := os.environ.get("ARBSCALE_WEIGHTS"):
-        folders.append(Path(own).expanduser())
+        folders.append(Path(os.path.expanduser(own)))
     stem = {"alexnet": "alexnet-owt"}.get(name, name)
     for folder in folders:
         for path in (*sorted(folder.glob(f"{stem}-*.pth")), folder / f"{name}_features.pth"):
@@ -149,22 +158,31 @@ def backbone_state(name: str) -> dict[str, Tensor]:
     no network either.
     """
     if path := backbone_file(name):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _checked_state(path)
     else:
         from torchvision import models
 
         kinds = {"alexnet": models.AlexNet_Weights, "squeezenet1_1": models.SqueezeNet1_1_Weights}
         mend = f"put {name}_features.pth into the folder that ARBSCALE_WEIGHTS names"
-        state = _download(kinds[name].IMAGENET1K_V1.url, mend, check_hash=True)
+        state = _hub_state(kinds[name].IMAGENET1K_V1.url, mend)
     return {k: v for k, v in state.items() if k.startswith("features.")}
 
 
-def _download(url: str, mend: str, **options: bool) -> dict[str, Tensor]:
-    """Return weights from torch hub's cache, or downloaded there; FileNotFoundError offline."""
+def _hub_state(url: str, mend: str) -> dict[str, Tensor]:
+    """Return weights from torch hub's cache, or downloaded there, checked by their SHA-256.
+
+    FileNotFoundError where they are neither in the cache nor within reach, ValueError for a file
+    of another SHA-256.
+    """
+    path = _checkpoints() / url.rpartition("/")[2]
+    if path.is_file():  # torch hub does not look at what it has
+        return _checked_state(path)
     try:
         return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", weights_only=True, **options
+            url, map_location="cpu", weights_only=True, check_hash=True
         )
+    except RuntimeError as error:  # the hash
+        raise ValueError(f"{url} arrived damaged ({error}); run this again") from error
     except OSError as error:
         raise FileNotFoundError(
             f"{url} is neither in {_checkpoints()} nor can it be downloaded ({error}); run this "
@@ -172,15 +190,36 @@ def _download(url: str, mend: str, **options: bool) -> dict[str, Tensor]:
         ) from error
 
 
+def _checked_state(path: Path) -> dict[str, Tensor]:
+    """Return the weights in a file; ValueError unless it is the one that its name promises.
+
+    Published files carry the first digits of their SHA-256 at the end of their names; of those in
+    `SHA256` all digits are compared.
+    """
+    if digits := re.search("-([0-9a-f]{8})$", path.stem):
+        wanted, found = SHA256.get(digits[1], digits[1]), sha256(path)
+        if not found.startswith(wanted):
+            raise ValueError(f"{path} is damaged: its SHA-256 is {found}, not {wanted}; delete it")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} holds no weights ({error}); fetch it again") from error
+
+
 def _checkpoints() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def cache_folder() -> Path:
-    """Return where features are kept: ARBSCALE_CACHE, or `arbscale` in the user's cache folder."""
-    if own := os.environ.get("ARBSCALE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "arbscale"
+    """Return where features are kept: ARBSCALE_CACHE, or `arbscale` in the user's cache folder.
+
+    Raises OSError where the user has no home folder.
+    """
+    own, usual = os.environ.get("ARBSCALE_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(own).expanduser() if own else Path(usual).expanduser() / "arbscale"
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{error}; set ARBSCALE_CACHE to a folder") from error
 
 
 def reference_features(
@@ -188,14 +227,27 @@ def reference_features(
 ) -> Tensor:
     """Return the features (N, D) of a reference set, computed once and then read from disk.
 
+    Where the cache cannot be used, a line on stderr says why, and they are computed each time.
     `images` is the source, which `fingerprint` tells from another; `name` says what was done to
     them: size and resize kernel. `batches()` gives the images (B, 3, H, W) as they are to be seen;
     it is called where nothing is kept yet.
     """
     key = content_key(name, fingerprint(images), network.name, network.label, network.key)
-    path = cache_folder() / "features" / f"{key[:32]}.safetensors"
-    found = kept_tensors(path, lambda: {"features": torch.cat([network(x) for x in batches()])})
-    return found["features"]
+
+    def compute() -> dict[str, Tensor]:
+        return {"features": torch.cat([network(x) for x in batches()])}
+
+    try:
+        path = cache_folder() / "features" / f"{key[:32]}.safetensors"
+    except OSError as error:
+        print(f"features are not kept: {error}", file=sys.stderr)
+        return compute()["features"]
+    return kept_tensors(path, compute, optional=True)["features"]
+
+
+def image_name(images: Sequence[Tensor], index: int) -> str:
+    """Return the path of an image, or its number where it has no file."""
+    return str(images.paths[index]) if hasattr(images, "paths") else f"image {index}"
 
 
 def fingerprint(images: Sequence[Tensor]) -> str:

@@ -139,26 +139,38 @@ def evaluate_pairs(
     n: int,
     partial: Partial,
     with_lpips: bool,
+    name: Callable[[int], str] = "image {}".format,
 ) -> dict[str, dict]:
     """Score `rows(index, scale)` for the first n images at each scale.
 
     Returns, by scale and method, the mean of each metric. Finished images are kept in `partial`.
+    Raises ValueError that says which image it is that cannot be scored, and at which scale.
     """
 
     def scored(index: int, scale: float) -> dict[str, dict[str, float]]:
-        return score(rows(index, scale), rule.space, rule.border(scale), with_lpips)
+        try:
+            return score(rows(index, scale), rule.space, rule.border(scale), with_lpips)
+        except ValueError as error:
+            raise ValueError(f"{name(index)} at x{spell(scale)}: {error}") from error
 
     results: dict[str, dict] = {}
-    for scale in scales:
+    for scale in dict.fromkeys(scales):
+        spelt = spell(scale)
         scores = [
-            partial.numbers(f"x{scale:g}-{i:06d}", lambda i=i, s=scale: scored(i, s))
-            for i in tqdm(range(n), desc=f"x{scale:g}", unit="image")
+            partial.numbers(f"x{spelt}-{i:06d}", lambda i=i, s=scale: scored(i, s))
+            for i in tqdm(range(n), desc=f"x{spelt}", unit="image")
         ]
-        results[f"{scale:g}"] = {
+        results[spelt] = {
             method: {name: sum(s[method][name] for s in scores) / n for name in values}
             for method, values in scores[0].items()
         }
     return results
+
+
+def spell(scale: float) -> str:
+    """Return a scale's shortest spelling that no other scale has, such as "2" or "3.7"."""
+    short = f"{scale:g}"
+    return short if float(short) == scale else repr(float(scale))
 
 
 def lpips_or_why_not() -> bool:

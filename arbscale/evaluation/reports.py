@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 import statistics
 import sys
@@ -48,8 +49,33 @@ def header(model: ArbitraryScaleModel, task: str, protocol: dict) -> dict:
 
 
 def write(report: dict, path: Path) -> None:
-    """Write a report as JSON, whole or not at all."""
-    store.write_text(path, json.dumps(report, indent=2) + "\n")
+    """Write a report as JSON, whole or not at all.
+
+    JSON has no infinity and no NaN: such numbers become null, and `null` in the report says why.
+    """
+    report = finite(report)
+    store.write_text(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+
+
+def finite(report: dict) -> dict:
+    """Return a report whose numbers are finite or None; its `null` has the reasons by place."""
+    reasons: dict[str, str] = {}
+
+    def walk(value: object, place: str) -> object:
+        if isinstance(value, dict):
+            return {key: walk(x, f"{place}{key}, ") for key, x in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [walk(x, f"{place}{i}, ") for i, x in enumerate(value)]
+        if not isinstance(value, float) or math.isfinite(value):
+            return value
+        place = place.removesuffix(", ")
+        why = "not a number" if math.isnan(value) else "infinite"
+        identical = place.endswith("psnr") and value > 0
+        reasons[place] = f"{why}: an image is identical to its reference" if identical else why
+        return None
+
+    found = {**report, "results": walk(report["results"], "")}
+    return {**found, "null": reasons} if reasons else report
 
 
 def read(path: Path) -> dict:
@@ -110,9 +136,12 @@ def document(paths: Iterable[Path]) -> str:
 
 def table(report: dict) -> str:
     """Return a report as markdown: one line that says what it is, the table, the command."""
+    report = finite(report)
     writers = {"generate": _generation, "bench": _speed, "ablate": _ablation}
     body = writers.get(report["task"], _pairs)(report)
-    return "\n".join([_caption(report), "", *body, "", f"Measured by `{report['command']}`."])
+    reasons = [f"{place}: {why}." for place, why in report.get("null", {}).items()]
+    parts = [[_caption(report)], body, reasons, [f"Measured by `{report['command']}`."]]
+    return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def _caption(report: dict) -> str:
@@ -135,7 +164,7 @@ def _pairs(report: dict) -> list[str]:
     """One row per scale and method."""
     names = [name for name in METRICS if name != "lpips" or report["protocol"]["lpips"]]
     rows = [
-        [f"x{scale}", method, *(format(values[name], METRICS[name][1]) for name in names)]
+        [f"x{scale}", method, *(_number(values[name], METRICS[name][1]) for name in names)]
         for scale, methods in report["results"].items()
         for method, values in methods.items()
     ]
@@ -152,8 +181,8 @@ def _generation(report: dict) -> list[str]:
             _spell(row["size"]),
             row["method"],
             row["pictures"],
-            f"{row['distance']:.4g} ± {row['distance_pm']:.2g}",
-            *(f"{row[name]:.3f} ± {row[name + '_pm']:.3f}" for name in SCORES[1:]),
+            f"{_number(row['distance'], '.4g')} ± {_number(row['distance_pm'], '.2g')}",
+            *(f"{row[name]:.3f} ± {_number(row[name + '_pm'], '.3f')}" for name in SCORES[1:]),
         ]
         for row in results["rows"]
     ]
@@ -174,13 +203,13 @@ def _generation(report: dict) -> list[str]:
         low, high = patches["sizes"]
         lines += [
             "",
-            f"{kind}: {patches['distance']:.4g} over {patches['patches']} patches of "
+            f"{kind}: {_number(patches['distance'], '.4g')} over {patches['patches']} patches of "
             f"{patches['side']} px at sizes from {low} to {high}.",
         ]
     if near := results.get("neighbours"):
         columns = ["images", *(f"{100 * level:.0f} %" for level in near["levels"])]
         methods = {name: near[name] for name in near if name not in ("pictures", "levels")}
-        rows = [[name, *(f"{value:.3g}" for value in row)] for name, row in methods.items()]
+        rows = [[name, *(_number(x, ".3g") for x in row)] for name, row in methods.items()]
         told = f"Distance to the nearest of {near['pictures']} training images, quantiles:"
         lines += ["", told, "", *_markdown(columns, rows)]
     return lines
@@ -189,7 +218,7 @@ def _generation(report: dict) -> list[str]:
 def _matrices(consistency: dict) -> list[str]:
     sizes = [_spell(size) for size in consistency["sizes"]]
     rows = [
-        [method, variant, at, *(f"{value:.4f}" for value in values)]
+        [method, variant, at, *(_number(x, ".4f") for x in values)]
         for method, variants in consistency.items()
         if isinstance(variants, dict)
         for variant, matrix in variants.items()
@@ -234,8 +263,8 @@ def _ablation(report: dict) -> list[str]:
         runs = {name: [run for run in of_data if run["contestant"] == name] for name in names}
         for name in names:
             cost, losses = results["costs"][data][name], [run["loss"] for run in runs[name]]
-            pairs = zip(runs[name], runs[names[0]], strict=True)
-            steps = [a["loss"] - b["loss"] for a, b in pairs]
+            pairs = zip(losses, [run["loss"] for run in runs[names[0]]], strict=True)
+            steps = [None if None in ab else ab[0] - ab[1] for ab in pairs]
             rows.append(
                 [
                     name,
@@ -248,13 +277,19 @@ def _ablation(report: dict) -> list[str]:
                     *(_spread([run[key] for run in runs[name]]) for key in SCORES),
                 ]
             )
-        real = [f"{results['floors'][data][key]:.3g}" for key in SCORES]
+        real = [_number(results["floors"][data][key], ".3g") for key in SCORES]
         rows.append(["held-out real images", *["-"] * 6, *real])
         lines += ["", f"{title}:", "", *_markdown(titles, rows)]
     return lines
 
 
-def _spread(values: list[float]) -> str:
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _spread(values: list[float | None]) -> str:
+    if None in values:
+        return "-"
     if len(values) == 1:
         return f"{values[0]:.3g}"
     return f"{statistics.mean(values):.3g} ± {statistics.stdev(values):.1g}"

@@ -2,66 +2,100 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from arbscale import store
 
-PROTOCOL = "protocol.json"
+FACTS = "facts.json"
 
 
 class Partial:
-    """A folder of finished pieces, each computed once and written whole.
+    """Finished pieces of an evaluation, each computed once and written whole.
 
-    They hold for one `protocol` (anything that JSON can hold): another one clears the folder.
-    Without a folder the pieces live in a temporary one. ValueError for a folder that holds
-    something else.
+    They hold for the `facts` that decide them (anything that JSON can hold: protocol, weights,
+    data), and lie in a sub-folder named after these, so that other facts have other pieces.
+    Without a folder the pieces live in a temporary one.
     """
 
-    def __init__(self, folder: Path | None, protocol: dict):
+    def __init__(self, folder: Path | None, facts: dict):
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="arbscale-")
-        self.folder = folder or Path(self._temporary.name)
-        key = json.dumps(protocol, indent=2, sort_keys=True)
-        kept = self.folder / PROTOCOL
-        if kept.is_file() and kept.read_text(encoding="utf-8") == key:
-            return
-        if folder and folder.is_dir():
-            if any(folder.iterdir()) and not kept.is_file():
-                raise ValueError(f"{folder} holds something else; move it, or name another output")
-            shutil.rmtree(folder)
-        store.write_text(kept, key)
+        self.folder = (folder or Path(self._temporary.name)) / store.content_key(facts)[:12]
+        if not (self.folder / FACTS).is_file():
+            store.write_text(self.folder / FACTS, json.dumps(facts, indent=2, sort_keys=True))
 
     def numbers(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return the piece of that name as JSON gives it back, computed if it is not there."""
-        path = self.folder / f"{name}.json"
-        if not path.is_file():
-            store.write_text(path, json.dumps(compute()))
-        return json.loads(path.read_text(encoding="utf-8"))
+
+        def write(path: Path, value: Any) -> None:
+            path.write_text(json.dumps(value), encoding="utf-8")
+
+        def read(path: Path) -> Any:
+            return json.loads(path.read_text(encoding="utf-8"))
+
+        return _kept(self.folder / f"{name}.json", compute, write, read)
 
     def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the tensors of that name, computed if they are not there."""
         return kept_tensors(self.folder / f"{name}.safetensors", compute)
 
     def finish(self) -> None:
-        """Remove the folder."""
+        """Remove the pieces; those of other facts stay."""
         if self._temporary:
-            self._temporary.cleanup()
-        else:
-            shutil.rmtree(self.folder)
+            return self._temporary.cleanup()
+        shutil.rmtree(self.folder)
+        with contextlib.suppress(OSError):  # not empty
+            self.folder.parent.rmdir()
 
 
-def kept_tensors(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors in a safetensors file, which is computed and written if it is missing."""
+def kept_tensors(
+    path: Path, compute: Callable[[], dict[str, Tensor]], optional: bool = False
+) -> dict[str, Tensor]:
+    """Return the tensors in a safetensors file, computed and written if it is missing or damaged.
+
+    OSError where it can be neither read nor written, or a line on stderr if it is `optional`.
+    """
     from safetensors.torch import load_file, save_file
 
-    if not path.is_file():
-        values = {key: x.contiguous() for key, x in compute().items()}
+    def write(path: Path, values: dict[str, Tensor]) -> None:
+        save_file({key: x.contiguous() for key, x in values.items()}, path)
+
+    return _kept(path, compute, write, load_file, optional)
+
+
+def _kept(
+    path: Path,
+    compute: Callable[[], Any],
+    write: Callable[[Path, Any], None],
+    read: Callable[[Path], Any],
+    optional: bool = False,
+) -> Any:
+    """Return what `read` finds in a file, computed and written if it is missing or damaged."""
+    try:
+        if path.is_file():
+            return read(path)
+    except (ValueError, SafetensorError) as error:
+        print(f"{path} is damaged ({error}); its content is computed anew", file=sys.stderr)
+    except OSError as error:
+        if not optional:
+            raise
+        print(f"{error}; its content is computed anew", file=sys.stderr)
+    value = compute()
+    try:
         with store.replacing(path) as draft:
-            save_file(values, draft)
-    return load_file(path)
+            write(draft, value)
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        if not optional:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        print(f"{path} cannot be written, and is not kept: {error}", file=sys.stderr)
+        return value
+    return read(path)

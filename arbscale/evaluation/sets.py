@@ -19,7 +19,7 @@ from arbscale.evaluation.distances import (
     patch_frechet_distance,
     random_patches,
 )
-from arbscale.evaluation.features import Extractor, extractor, reference_features
+from arbscale.evaluation.features import Extractor, extractor, image_name, reference_features
 from arbscale.evaluation.protocols import centre_crop, eight_bits
 from arbscale.evaluation.resume import Partial
 from arbscale.metrics import NEIGHBOURS, frechet_distance, precision_recall, self_ssim
@@ -77,8 +77,9 @@ class RealPictures:
         image = centre_crop(self.images[index], size)
         if image.shape[-2] < size[0] or image.shape[-1] < size[1]:
             raise ValueError(
-                f"image {index}, cropped to {image.shape[-2]} x {image.shape[-1]}, is too small "
-                f"for {size[0]} x {size[1]}; leave that size out, or take larger images"
+                f"{image_name(self.images, index)}, cropped to {image.shape[-2]} x "
+                f"{image.shape[-1]}, is too small for {size[0]} x {size[1]}; leave that "
+                "size out, or take larger images"
             )
         top, left, height, width = window or (0, 0, *size)
         return resize(image, size)[:, top : top + height, left : left + width]
@@ -106,7 +107,7 @@ class Job:
 
     model: ArbitraryScaleModel
     real: RealPictures  # the reference
-    others: RealPictures  # images that are not in the reference
+    others: RealPictures  # images that are not in the reference, `n` of them to have rows
     sizes: tuple[Size, ...]
     n: int
     features: str  # a key of FEATURES
@@ -136,6 +137,12 @@ def check(job: Job, allow_few: bool) -> None:
         raise ValueError("sizes of one aspect ratio are needed: they show the same latents")
     if len(job.sizes) > 1 and min(min(size) for size in job.sizes) < 16:
         raise ValueError("SelfSSIM needs sides of 16 px or more; leave the smaller sizes out")
+    if job.others.count < job.n:
+        print(
+            f"without the rows of other real images, of which there are {job.others.count}: a "
+            f"distance depends on the number; take --number {job.others.count} to have them",
+            file=sys.stderr,
+        )
     if job.features not in FEATURES:
         raise ValueError(f"unknown features {job.features!r}; take one of {', '.join(FEATURES)}")
     if job.features == "inception":
@@ -220,12 +227,18 @@ def _decode(model: ArbitraryScaleModel, z: Tensor, size: Size) -> Tensor:
 
 
 def _rows(job: Job, size: Size, networks: dict[str, Extractor]) -> Iterator[dict]:
-    """Compare each method's images at one size with the real ones."""
+    """Compare each method's images at one size with the real ones.
+
+    A distance depends on the number of images, so that methods with less than `job.n` have no row.
+    """
     real = {name: job.real.features(size, x, "reference") for name, x in networks.items()}
     for method, (count, _) in _methods(job, size).items():
+        if count < job.n:
+            continue
         seen = _seen(job, size, method, networks)
-        scores = compare_sets(seen, real, *FEATURES[job.features], job.sampling.seed)
-        yield {"size": list(size), "method": method, "pictures": count, **scores}
+        distance, neighbours = FEATURES[job.features]
+        scores = compare_sets(seen, real, distance, neighbours, job.sampling.seed)
+        yield {"size": list(size), "method": method, "pictures": len(seen[distance]), **scores}
 
 
 def _seen(job: Job, size: Size, method: str, networks: dict[str, Extractor]) -> dict[str, Tensor]:

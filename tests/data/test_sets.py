@@ -358,7 +358,19 @@ def test_open_div2k(tmp_path):
 def test_open_scenes():
     assert data.open_dataset("scenes", "val")[0].shape == (3, 64, 64)
     with pytest.raises(ValueError, match=", ".join(folders.SPLITS)):
-        data.open_dataset("scenes", "all")
+        data.open_dataset("scenes", "both")
+
+
+@pytest.mark.parametrize("name", ["scenes", "photos"])
+def test_all_of_a_set_without_files_is_its_splits_together(name):
+    whole, parts = (
+        data.open_dataset(name, "all"),
+        [data.open_dataset(name, split) for split in folders.SPLITS],
+    )
+    assert len(whole) == sum(map(len, parts))
+    places = range(8) if name == "photos" else (0, 10_000, 11_000)
+    for part in parts:
+        assert any(torch.equal(part[0], whole[i]) for i in places)
 
 
 # torchvision's data sets, as it would find them on a disk

@@ -12,7 +12,15 @@ from arbscale import ArbitraryScaleModel, presets, store, training
 from arbscale.__main__ import main
 from arbscale.diffusion import denoising_loss
 from arbscale.evaluation import ablation, reports
-from arbscale.evaluation.ablation import COMPARISONS, CONTESTANTS, Settings, cost, held_out_loss
+from arbscale.evaluation.ablation import (
+    COMPARISONS,
+    CONTESTANTS,
+    Settings,
+    cost,
+    count,
+    held_out_loss,
+)
+from arbscale.evaluation.features import Extractor
 
 CPU = torch.device("cpu")
 
@@ -24,8 +32,7 @@ def costs(data):
     names = {name for where, names in COMPARISONS.values() if where == data for name in names}
     found = {}
     for name in sorted(names):
-        fields = CONTESTANTS[name] | {"low_size": None, "diffusion_batch": 2}
-        found[name] = cost(dataclasses.replace(base, **fields), CPU, seconds=0.0)
+        found[name] = count(dataclasses.replace(base, low_size=None, **CONTESTANTS[name]))
     return found
 
 
@@ -38,7 +45,6 @@ def test_the_presets_denoiser_is_the_winner_and_the_shipped_weights_are_of_the_f
             assert str(presets.build_denoiser(preset)) == str(presets.build_denoiser(same))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("title", COMPARISONS)
 def test_what_is_called_equal_is_equal(title):
     key = "parameters" if title.endswith("parameters") else "multiply_adds"
@@ -92,6 +98,10 @@ def test_held_out_loss_is_the_mean_over_all_pictures():
     assert found == pytest.approx(held_out_loss(model, z0, batch=5), rel=1e-5)
 
 
+def nine_colours(levels):
+    return torch.nn.functional.adaptive_avg_pool2d(levels.float() / 255, 3).flatten(1)
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """Put miniature models and a few cats where the real ones are looked for."""
@@ -100,7 +110,10 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setenv("ARBSCALE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(ablation, "SAMPLING_STEPS", 2)
     monkeypatch.setattr(ablation, "cost", functools.partial(cost, seconds=0.0))
+    colours = Extractor("encoder", "colours of a 3 x 3 grid", 27, "", nine_colours)
+    monkeypatch.setattr(ablation, "extractor", lambda *args: colours)
     light = {"transformer_width": 32, "transformer_blocks": 2, "unet_multipliers": (1,)}
+    light |= {"unet_channels": 32}
     contestants = {name: fields | light for name, fields in CONTESTANTS.items()}
     contestants["transformer_light"]["transformer_blocks"] = 1
     monkeypatch.setattr(ablation, "CONTESTANTS", contestants)
@@ -177,6 +190,12 @@ def test_other_settings_are_other_pieces(small):
     pieces = [ablation.ablate(s, ablation.open_folder(small / "p")) for s in (settings, longer)]
     a, b = ([run["loss"] for run in report["results"]["runs"]] for report in pieces)
     assert not set(a) & set(b)
+
+
+def test_as_many_held_out_images_are_needed_as_are_generated(small):
+    settings = dataclasses.replace(QUICK, comparisons=("cats, equal compute",), number=13)
+    with pytest.raises(ValueError, match="afhq_cats has 12 "):
+        ablation.ablate(settings, ablation.open_folder(small / "p"))
 
 
 def test_nonsense_is_refused():

@@ -33,11 +33,22 @@ def test_measure_has_every_row(low_size, monkeypatch):
     model = ArbitraryScaleModel(presets.tiny(low_size)).eval()
     whole = bench._whole
     monkeypatch.setattr(bench, "_whole", lambda m, s, b, n, name: whole(m, s, b, 1, name))
+    assert bench.PAPER_SIZE == (256, 256)
+    monkeypatch.setattr(bench, "PAPER_SIZE", (24, 24))  # the published one takes half a minute
     report = bench.measure(model, [16, (12, 20)], batch=2, seconds=0.001)
     tasks = [row["task"] for row in report["results"] if row["size"] == [16, 16]]
     assert [t.split(",")[0] for t in tasks] == ["decoding alone"] * 2 + ["end to end"] * 2
-    assert len(report["results"]) == 4 + 3 + 2  # and the LIIF of the paper
+    assert len(report["results"]) == 4 + 3 + 2
+    assert [row["size"] for row in report["results"][-2:]] == [[24, 24]] * 2  # LIIF of the paper
     assert report["protocol"]["batch"] == 2 and report["machine"]["threads"] >= 1
+
+
+@torch.no_grad()
+def test_the_liif_of_the_paper_renders_its_size_in_both_forms(monkeypatch):
+    monkeypatch.setattr(bench, "PAPER_SIZE", (24, 24))
+    ours, usual = (render() for render in bench._paper_liif(1, bench.CPU).values())
+    assert ours.shape == (1, 3, 24, 24)
+    torch.testing.assert_close(ours, usual, rtol=0, atol=bench.AGREEMENT)
 
 
 def test_the_usual_form_must_agree(monkeypatch):

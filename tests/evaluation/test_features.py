@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from arbscale import ArbitraryScaleModel
 from arbscale.data import ContinuousScenes, ImageFolder, resize, to_pil
-from arbscale.evaluation import extractor
+from arbscale.evaluation import extractor, features
 from arbscale.evaluation.features import (
     Extractor,
     backbone_file,
@@ -109,6 +109,90 @@ def test_backbones_are_searched_for_in_order(tmp_path, monkeypatch):
     assert backbone_file("alexnet") == cache / "alexnet-owt-7be5be79.pth"
     torch.save(state, own / "squeezenet1_1-b8a52dc0.pth")
     assert backbone_file("squeezenet1_1") == own / "squeezenet1_1-b8a52dc0.pth"
+
+
+@pytest.mark.parametrize("name", ["inception", "vgg16", "alexnet", "squeezenet1_1"])
+def test_weights_in_torch_hubs_cache_are_checked_by_their_hash(name, tmp_path, monkeypatch):
+    pytest.importorskip("torch_fidelity")
+    files = {
+        "inception": "weights-inception-2015-12-05-6726825d.pth",
+        "vgg16": "vgg16-397923af.pth",
+    }
+    files |= {"alexnet": "alexnet-owt-7be5be79.pth", "squeezenet1_1": "squeezenet1_1-b8a52dc0.pth"}
+    path = tmp_path / "torch/hub/checkpoints" / files[name]
+    path.parent.mkdir(parents=True)
+    torch.save({"features.0.weight": torch.zeros(1)}, path)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: torch.load(path))
+    with pytest.raises(ValueError, match=path.name):
+        extractor(name) if name in ("inception", "vgg16") else backbone_state(name)
+    digits = path.stem.rpartition("-")[2]
+    monkeypatch.setattr(features, "sha256", lambda path: digits + "0" * 56)
+    if name in ("inception", "vgg16"):  # all of their digits are known
+        with pytest.raises(ValueError, match=features.SHA256[digits]):
+            extractor(name)
+    else:
+        assert list(backbone_state(name)) == ["features.0.weight"]
+
+
+@pytest.mark.parametrize("name", ["inception", "vgg16", "alexnet"])
+def test_downloads_are_checked_by_their_hash(name, monkeypatch):
+    pytest.importorskip("torch_fidelity")
+
+    def altered(url, check_hash=False, **options):
+        if check_hash:
+            raise RuntimeError("invalid hash value")
+        pytest.fail("not checked")
+
+    monkeypatch.delenv("ARBSCALE_WEIGHTS", raising=False)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", altered)
+    with pytest.raises(ValueError, match=name):
+        extractor(name)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\0" * 99])
+def test_a_file_of_something_else_is_named(content, tmp_path, monkeypatch):
+    monkeypatch.setenv("ARBSCALE_WEIGHTS", str(tmp_path))
+    (tmp_path / "alexnet_features.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="alexnet_features.pth"):
+        backbone_state("alexnet")
+
+
+def mean_colours(images):
+    return images.float().mean((2, 3))
+
+
+COLOURS = Extractor("colours", "mean colours", 3, "first weights", mean_colours)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\0" * 200])
+def test_damaged_features_in_the_cache_are_computed_anew(damage, tmp_path, capsys):
+    images = pictures(6)
+    first = reference_features("64 px", images, COLOURS, lambda: images.split(2)).clone()
+    (path,) = (tmp_path / "cache/features").iterdir()
+    path.write_bytes(damage)
+    assert torch.equal(reference_features("64 px", images, COLOURS, lambda: [images]), first)
+    assert path.name in capsys.readouterr().err
+    assert torch.equal(reference_features("64 px", images, COLOURS, pytest.fail), first)
+
+
+def test_without_a_cache_the_features_are_computed_each_time(tmp_path, monkeypatch, capsys):
+    images = pictures(6)
+    first = reference_features("64 px", images, COLOURS, lambda: images.split(2))
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("ARBSCALE_CACHE", str(tmp_path / "a file/cache"))
+    assert torch.equal(reference_features("64 px", images, COLOURS, lambda: [images]), first)
+    assert "a file" in capsys.readouterr().err
+    for name in ("HOME", "USERPROFILE", "ARBSCALE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # of a user without a home
+    assert torch.equal(reference_features("64 px", images, COLOURS, lambda: [images]), first)
+    assert "ARBSCALE_CACHE" in capsys.readouterr().err
+
+    def gone():
+        raise FileNotFoundError("3.png")
+
+    with pytest.raises(FileNotFoundError, match="3.png"):  # that is not the cache's fault
+        reference_features("64 px", images, COLOURS, gone)
 
 
 def test_reference_features_are_computed_once():

@@ -111,7 +111,7 @@ def test_an_interruption_costs_one_batch_and_the_reference_is_kept(job, tmp_path
     monkeypatch.setattr(sets, "_decode", stops)
     with pytest.raises(KeyboardInterrupt):
         evaluate_generation(job, Partial(tmp_path / "p", {}))
-    kept = sorted(path.name for path in (tmp_path / "p").glob("32x32*"))
+    kept = sorted(path.name for path in (tmp_path / "p").rglob("32x32*"))
     assert kept == [
         f"32x32-{m}-0000{k}.safetensors"
         for m, k in [("first", "00"), ("ours", "00"), ("ours", "20")]

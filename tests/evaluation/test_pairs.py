@@ -127,3 +127,24 @@ def test_lpips_or_why_not(monkeypatch, capsys):
     assert "no weights; get them" in capsys.readouterr().err
     monkeypatch.setattr(metrics, "lpips", lambda *images: 0.0)
     assert evaluation.lpips_or_why_not()
+
+
+def test_scales_that_differ_little_have_a_row_each(tmp_path):
+    truth = photo()[None]
+
+    def rows(index, scale):
+        return {"truth": truth, "grey": (truth + 0.1 * (scale > 2)).clamp(-1, 1)}
+
+    partial = Partial(tmp_path, {})
+    results = evaluate_pairs(rows, WHOLE, [2.0000001, 2, 2.0], 1, partial, False)
+    assert list(results) == ["2.0000001", "2"]
+    assert results["2.0000001"] != results["2"]
+
+
+def test_an_image_that_cannot_be_scored_is_named_with_its_scale():
+    def rows(index, scale):
+        return {"truth": torch.zeros(1, 3, 8, 8), "ours": torch.zeros(1, 3, 8, 8)}
+
+    for name, fact in (({}, "image 0"), ({"name": "{}.png".format}, "0.png")):
+        with pytest.raises(ValueError, match=f"{fact}.*x2.5"):
+            evaluate_pairs(rows, WHOLE, [2.5], 1, Partial(None, {}), False, **name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,36 @@ def test_a_document_has_a_heading_per_model_and_each_table_under_its_own(tmp_pat
     assert heads == ["## b", "## a", f"## {reports.COMPARED}"]
     captions = [line[:3] for line in lines if line.startswith(("## ", "`"))]
     assert captions == ["## ", "`b`", "`b`", "## ", "`a`", "## ", "`sc"]
+
+
+def test_infinity_is_null_with_a_reason(tmp_path):
+    report = {**generated("encoder"), "task": "reconstruct", "results": {}}
+    report["protocol"] |= {"lpips": None}
+    report["results"]["1"] = {"bicubic": {"psnr": math.inf, "ssim": 1.0}}
+    report["results"]["2"] = {"bicubic": {"psnr": 30.0, "ssim": math.nan}}
+    path = tmp_path / "a.json"
+    reports.write(report, path)
+
+    def refused(constant):
+        pytest.fail(f"{constant} is not JSON")
+
+    found = json.loads(path.read_text(), parse_constant=refused)
+    assert found["results"]["1"]["bicubic"] == {"psnr": None, "ssim": 1.0}
+    assert found["results"]["2"]["bicubic"] == {"psnr": 30.0, "ssim": None}
+    assert list(found["null"]) == ["1, bicubic, psnr", "2, bicubic, ssim"]
+    assert "identical" in found["null"]["1, bicubic, psnr"]
+    text = reports.table(reports.read(path))
+    assert text == reports.table(report)
+    assert "| x1 | bicubic | - | 1.0000 |" in text and "1, bicubic, psnr: infinite" in text
+
+
+@pytest.mark.parametrize("value", [None, math.nan])
+def test_tables_hold_numbers_that_are_none(value):
+    report = generated("encoder")
+    results = report["results"]
+    results["rows"][0] |= {"distance": value, "distance_pm": value, "recall_pm": value}
+    results["patches"]["distance"] = results["neighbours"]["ours"][0] = value
+    results["self_ssim"]["ours"]["clean"] = [[1.0, value], [0.9, 1.0]]
+    text = reports.table(report)
+    assert "| 64 x 96 | ours | 1000 | - ± - | 0.500 ± 0.010 | 0.250 ± - |" in text
+    assert "| ours | - | 2.5 |" in text and "| 1.0000 | - |" in text
