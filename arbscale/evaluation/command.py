@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from arbscale import evaluation
+from arbscale import evaluation, store
 from arbscale.coords import Size
 from arbscale.evaluation import Partial, ablation, get_protocol, reports, sets
 from arbscale.evaluation import bench as benchmark
@@ -17,6 +17,7 @@ from arbscale.evaluation.features import fingerprint
 from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.samplers import Sampling
 
+MAX_BATCH = 100_000  # of bench
 Output = Annotated[Path | None, arg(aliases=["-o"])]
 
 
@@ -71,7 +72,7 @@ def evaluate(options: Annotated[Options, arg(name="")]) -> None:
         report, partial = run(options, model, task)
     except KeyboardInterrupt:
         hint = "rerun the same command" if options.output else "next time, add -o"
-        raise RuntimeError(f"stopped; {hint} to resume") from None
+        raise KeyboardInterrupt(f"stopped; {hint} to resume") from None
     report["timing"] = {"seconds": round(time.perf_counter() - started, 3)}
     _report(report, options.output)
     partial.finish()
@@ -146,6 +147,8 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
 def _check_output(path: Path | None) -> None:
     if path and (path.is_dir() or path.suffix.lower() != ".json"):
         raise ValueError(f"{path}: name a JSON file, such as results/{path.stem or 'scores'}.json")
+    if path:
+        store.check_writable(path)
 
 
 def _report(report: dict, output: Path | None) -> None:
@@ -199,8 +202,10 @@ def bench(
 
     """
     _check_output(output)
-    if batch < 1:
-        raise ValueError(f"--batch is at least 1, got {batch}")
+    if not 1 <= batch <= MAX_BATCH:
+        raise ValueError(f"--batch is from 1 to {MAX_BATCH}, got {batch}")
+    if not sizes or not 0 <= seconds < float("inf"):
+        raise ValueError(f"bench takes --sizes, and --seconds from 0 on, got {sizes}, {seconds}")
     loaded = ArbitraryScaleModel.load(model).to(pick_device())
     _report(benchmark.measure(loaded, sizes, batch, steps, 0.0 if quick else seconds), output)
 
@@ -240,4 +245,7 @@ def ablate(
     """
     _check_output(output)
     settings = ablation.Settings(compare, seeds, steps, pool, number, features)
-    _report(ablation.ablate(settings, ablation.open_folder(folder)), output)
+    try:
+        _report(ablation.ablate(settings, ablation.open_folder(folder)), output)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; rerun the same command to resume") from None

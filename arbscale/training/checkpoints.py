@@ -55,15 +55,22 @@ def saved(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
 
 
-def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict] | None:
-    """Return the newest intact checkpoint's tensors and record, with a warning for damaged ones."""
+def load_newest(
+    folder: Path, kinds: dict[str, type] | None = None
+) -> tuple[dict[str, Tensor], dict] | None:
+    """Return the newest intact checkpoint's tensors and record, with a warning for damaged ones.
+
+    A record that lacks one of `kinds`, or holds it as another type, is damaged too.
+    """
     for path in saved(folder):
         try:
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
             if store.sha256(path / STATE) != record["sha256"]:
                 raise ValueError("its SHA-256 is another one")
+            if wrong := [k for k, t in (kinds or {}).items() if not isinstance(record[k], t)]:
+                raise ValueError(f"its record's {wrong[0]} is {record[wrong[0]]!r:.100}")
             return load_file(path / STATE), record
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError, *store.STRAY) as error:
             warnings.warn(f"{path} is damaged ({error}); taking the one before", stacklevel=2)
     return None
 

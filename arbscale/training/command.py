@@ -23,6 +23,7 @@ from arbscale.autoencoder import TinyEncoder
 from arbscale.data import find_folder, open_dataset
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset
+from arbscale.samplers import Sampling
 from arbscale.training import checkpoints, denoiser, first_stage, sources
 from arbscale.training.loop import Run
 from arbscale.training.processes import process_state
@@ -67,12 +68,15 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range by ValueError."""
+        Sampling(seed=self.seed)  # refuses a seed that no generator takes
         if min(self.steps) < 0:
             raise ValueError(f"steps are at least 0, got {self.steps}")
         if self.pool is not None and self.pool < 2:
             raise ValueError(f"a pool has at least 2 images, got {self.pool}")
         if self.data == "scenes" and (self.parts or self.whole or self.subset is not None):
             raise ValueError("scenes are endless: --parts, --subset and --whole need other --data")
+        if self.parts and not all(0 <= part < float("inf") for part in self.parts):
+            raise ValueError(f"parts are counts, or fractions up to 1, got {self.parts}")
 
 
 def parse(words: list[str]) -> TrainOptions:
@@ -226,7 +230,8 @@ def _fit(module: torch.nn.Module, state: dict[str, torch.Tensor], origin: str | 
 def _teacher(options: TrainOptions) -> TinyEncoder:
     if options.preset.encoder != "tiny":
         raise ValueError(f"only a tiny encoder has a teacher; {options.preset.name} has none")
-    return compat.tiny_encoder(load_file(options.teacher))
+    with store.reading(options.teacher):
+        return compat.tiny_encoder(load_file(options.teacher))
 
 
 def _source(options: TrainOptions) -> sources.Source:
@@ -269,7 +274,8 @@ def _claim(folder: Path, options: TrainOptions) -> None:
                 f"{folder} already holds a run; add --resume, or name another --folder"
             )
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8")).get("begun", {})
+            with store.reading(path):
+                before = json.loads(path.read_text(encoding="utf-8")).get("begun", {})
             checkpoints.compare(folder, before, begun, options.run.allow_changes)
     config = {"command": _command(), "options": now, "begun": begun}
     config |= {"python": platform.python_version()}

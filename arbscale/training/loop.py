@@ -29,6 +29,7 @@ from arbscale.training.runlog import RunLog
 
 LEAST = dict.fromkeys(("save_every", "keep", "log_every", "accumulation"), 1)
 LEAST |= dict.fromkeys(("sample_every", "warm_up", "workers"), 0)
+RECORD = {"step": int, "finished": bool, "seconds": float, "settings": dict}
 KEPT = "precision accumulation clip warm_up ema_decay compile channels_last".split()
 """What decides the weights, to the last bit, and must not change when a run is resumed."""
 
@@ -162,7 +163,7 @@ class _Training:
                 raise ValueError(f"{self.folder} is not empty: resume it, or take another folder")
             return None
         with self.accelerator.main_process_first():
-            found = checkpoints.load_newest(self.folder)
+            found = checkpoints.load_newest(self.folder, RECORD)
         if found:
             run, before = self.run, found[1]["settings"]
             checkpoints.compare(run.folder, before, self._settings(), run.allow_changes)

@@ -54,6 +54,14 @@ def test_a_damaged_one_gives_way_to_the_one_before(folder, harm):
         assert checkpoints.load_newest(folder)[1]["step"] == 4
 
 
+@pytest.mark.parametrize("note", [None, "six", [6], {}])
+def test_a_record_made_by_hand_gives_way_to_the_one_before(folder, note):
+    path = folder / "step-00000006" / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"note": note}))
+    with pytest.warns(UserWarning, match="step-00000006"):
+        assert checkpoints.load_newest(folder, {"note": int})[1]["step"] == 4
+
+
 def test_none_in_an_empty_folder(tmp_path):
     assert checkpoints.load_newest(tmp_path / "nowhere") is None
 
