@@ -1,10 +1,12 @@
 """`python -m arbscale train`: what it reads, writes, resumes and refuses."""
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -304,6 +306,13 @@ def test_folder_and_output_are_locked(run, tmp_path, monkeypatch):
     assert run("small --steps 0 1 0 0 -o mine --folder runs/else")[0] == 0
     assert held == {".mine.lock", ".else.lock"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "runs"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932"])
+def test_a_terminal_that_cannot_show_a_name(run, tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert run("small --steps 0 1 1 0 --pool 8 -o 猫±Ω")[0] == 0
+    assert set(read_summary(tmp_path / "runs/猫±Ω")) == {"decoder", "diffusion"}
 
 
 def test_one_command_a_stage(run, tmp_path):
