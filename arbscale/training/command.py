@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
+import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -12,10 +15,12 @@ from typing import Annotated
 
 import torch
 import tyro
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from arbscale import compat, presets, store
 from arbscale.autoencoder import TinyEncoder
+from arbscale.data import find_folder, open_dataset
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset
 from arbscale.samplers import Sampling
@@ -27,13 +32,14 @@ from arbscale.training.runlog import read_summary
 PROG = "python -m arbscale train"
 CONFIG = "config.json"
 FOLDER = Path("runs/OUTPUT")  # the run folder, unless named, takes the name of the output
+SCENES = "MIT; trained on procedural images of this package"
+UNKNOWN = "that of the data it was trained on"
 AFHQ = "CC BY-NC 4.0, as the images of AFHQ are: for non-commercial use alone"
-LICENCES = {
-    "scenes": "MIT; trained on procedural images of this package",
-    "afhq_cats": AFHQ,
-    "afhq_cats256": AFHQ,
+LICENCES = {  # of weights trained on a set, or on a folder inside it
+    **dict.fromkeys(("afhq", "afhq_cats", "afhq_cats256"), AFHQ),
+    "celeba": "for non-commercial research only, as the images of CelebA are",
+    "div2k": "for academic research only, as the images of DIV2K are",
 }
-KEPT = "data seed joint start teacher pool parts subset whole".split()  # when resumed
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class TrainOptions:
             raise ValueError(f"steps are at least 0, got {self.steps}")
         if self.pool is not None and self.pool < 2:
             raise ValueError(f"a pool has at least 2 images, got {self.pool}")
+        if self.data == "scenes" and (self.parts or self.whole or self.subset is not None):
+            raise ValueError("scenes are endless: --parts, --subset and --whole need other --data")
         if self.parts and not all(0 <= part < float("inf") for part in self.parts):
             raise ValueError(f"parts are counts, or fractions up to 1, got {self.parts}")
 
@@ -98,9 +106,23 @@ def _read(words: list[str], preset: Preset) -> TrainOptions:
 
 
 def train(options: TrainOptions) -> None:
-    """Run the stages; the first process of several writes."""
+    """Run the stages; the first process of several writes.
+
+    RuntimeError if another run has the folder or the output, if training stops, or if the result
+    cannot be written; ValueError for options that do not fit.
+    """
     if options.profile:
         return _profile(options)
+    if options.output.is_file():
+        raise ValueError(f"{options.output} is a file; name a folder for the weights")
+    outputs = (options.run.folder, options.output) if process_state().is_main_process else ()
+    with contextlib.ExitStack() as locks:
+        for path in outputs:
+            locks.enter_context(store.locked(path))
+        _train(options)
+
+
+def _train(options: TrainOptions) -> None:
     state, folder = process_state(), options.run.folder
     with state.main_process_first():
         if state.is_main_process:
@@ -109,6 +131,7 @@ def train(options: TrainOptions) -> None:
     torch.manual_seed(options.seed)
     model = _model(options).to(state.device)
     before, source = dict(model.manifest), _source(options)
+    begun = before.get("licence", UNKNOWN) if options.start else ""
     threads = f"{torch.get_num_threads()} threads, {platform.machine()}"
     for stage, losses in _stages(model, source, options):
         if not state.is_main_process:
@@ -118,15 +141,42 @@ def train(options: TrainOptions) -> None:
         model.manifest |= {
             "name": model.preset.name,
             "data": options.data,
-            "licence": LICENCES.get(options.data, "that of the data it was trained on"),
+            "licence": licence(options.data, begun),
             "commands": [*before.get("commands", []), _command()],
             "minutes": round(seconds / 60 + before.get("minutes", 0), 1),
             "machine": f"{model.device.type} x {state.num_processes}, {threads}",
             "torch": torch.__version__,
             "losses": {**model.manifest.get("losses", {}), stage: loss},
         }
-        model.save(options.output, half=True)
+        try:
+            model.save(options.output, half=True)
+        except (OSError, SafetensorError) as error:
+            again = _command() + ("" if options.run.resume else " --resume")
+            raise RuntimeError(
+                f"{options.output} cannot be written ({error}); the weights are safe in {folder}: "
+                f"make room, then `{again}`"
+            ) from error
         print(f"{stage}: {options.output}, {model.manifest['minutes']} minutes")
+
+
+def licence(data: str, begun: str = "") -> str:
+    """Return the terms of weights that were trained on `data`, and before on terms `begun`.
+
+    The stricter one wins: MIT gives way to all others; others hold together, joined by " AND ". A
+    folder inside a known set has the terms of the set.
+    """
+    own = SCENES
+    if data != "scenes":
+        places = {*Path(data).parts}
+        with contextlib.suppress(FileNotFoundError):
+            places |= {*find_folder(data).resolve().parts}
+        known = {place.lower() for place in places} & LICENCES.keys()
+        own = LICENCES[min(known)] if known else UNKNOWN
+    terms = [*(begun.split(" AND ") if begun else ()), own]
+    different = {re.split("[,;]", text)[0]: text for text in terms}  # by what they begin with
+    if len(different) > 1:
+        different.pop("MIT", None)
+    return " AND ".join(different.values())
 
 
 def _stages(
@@ -185,23 +235,39 @@ def _teacher(options: TrainOptions) -> TinyEncoder:
 
 
 def _source(options: TrainOptions) -> sources.Source:
+    _say_which(options.data)
     if options.data == "scenes":
         return sources.scene_source(seed=options.seed)
-    from arbscale.data import open_dataset
-
-    more = {"subset": options.subset} if options.subset else {}
-    if options.parts:
-        more["parts"] = tuple(int(p) if p >= 1 else p for p in options.parts)
+    more = {"subset": options.subset}
+    if parts := options.parts:
+        counts = sum(parts) > 1 + 1e-9 and all(part.is_integer() for part in parts)
+        more["parts"] = tuple(int(part) for part in parts) if counts else parts
     images = open_dataset(options.data, "train", **more)
     if not options.whole:
         return sources.photo_source(images, options.preset)
     return sources.whole_source(images)
 
 
+def _say_which(data: str) -> None:
+    """Say that the name of a set is not taken for the folder of that name."""
+    with contextlib.suppress(FileNotFoundError):
+        folder = find_folder(data)
+        if data in ("scenes", "photos") and process_state().is_main_process:
+            other = f"./{data}" if Path(data).is_dir() else folder
+            print(f"data: the package's own {data}; for the folder, give --data {other}")
+
+
 def _claim(folder: Path, options: TrainOptions) -> None:
-    """Write the configuration, or see that a resumed run has the one it was begun with."""
+    """Write the configuration, or see that a resumed run has the weights it was begun from.
+
+    The rest is compared with each stage's checkpoint.
+    """
     path = folder / CONFIG
     now = json.loads(json.dumps(asdict(options), default=str))
+    begun = {"start": None, "teacher": options.teacher and store.sha256(options.teacher)}
+    if options.start and store.find(options.start).resolve() != options.output.resolve():
+        files = store.read_manifest(store.find(options.start))["files"]
+        begun["start"] = store.content_key([file["sha256"] for file in files])
     if any((folder / "checkpoints").glob("*/step-*")):
         if not options.run.resume:
             raise ValueError(
@@ -209,15 +275,15 @@ def _claim(folder: Path, options: TrainOptions) -> None:
             )
         if path.is_file():
             with store.reading(path):
-                before = json.loads(path.read_text(encoding="utf-8"))["options"]
-                before, kept = ({k: x.get(k) for k in KEPT} for x in (before, now))
-            checkpoints.compare(folder, before, kept)
-    config = {"command": _command(), "options": now, "python": platform.python_version()}
+                before = json.loads(path.read_text(encoding="utf-8")).get("begun", {})
+            checkpoints.compare(folder, before, begun, options.run.allow_changes)
+    config = {"command": _command(), "options": now, "begun": begun}
+    config |= {"python": platform.python_version()}
     store.write_text(path, json.dumps({**config, "torch": torch.__version__}, indent=2) + "\n")
 
 
 def _command() -> str:
-    return "python -m arbscale " + " ".join(sys.argv[1:])
+    return shlex.join(["python", "-m", "arbscale", *sys.argv[1:]])
 
 
 def _profile(options: TrainOptions) -> None:

@@ -110,9 +110,15 @@ class DiffusionStage(_DenoiserStage):
 
     def __init__(self, model: ArbitraryScaleModel, source: Source, pool: int | None):
         super().__init__(model, source)
-        self.distinct = None if pool else getattr(source, "distinct", None)
-        self.pool = pool or self.distinct or POOL
+        self.distinct = getattr(source, "distinct", None) if pool is None else None
+        self.pool = (self.distinct or POOL) if pool is None else pool
+        if self.pool < 2:
+            raise ValueError(f"a pool has at least 2 images, got {self.pool}")
         self.batch, self.lr = self.preset.diffusion_batch, self.preset.diffusion_lr
+
+    def facts(self) -> dict[str, Any]:
+        """Return the images, and how many are encoded."""
+        return {**super().facts(), "pool": self.pool}
 
     def prepare(self, run: Run, accelerator: Any, seed: int) -> None:
         """Encode the pool, or open it where it has been encoded before; take its deviation."""
@@ -120,14 +126,9 @@ class DiffusionStage(_DenoiserStage):
         identity = getattr(self.source, "identity", None)
         with accelerator.main_process_first():
             if folder and identity:
-                facts = [
-                    self.pool,
-                    seed,
-                    self.preset.image_size,
-                    self.preset.low_size,
-                    self.distinct,
-                ]
-                key = store.content_key(identity, facts, module=self.model.first_stage.encoder)
+                sides = self.preset.image_size, self.preset.low_size
+                facts = identity, self.pool, seed, sides, self.distinct
+                key = store.content_key(*facts, module=self.model.first_stage.encoder)
                 self.latents = latents.cached(folder, key, self.pool, lambda: self._parts(seed))
             else:
                 self.latents = latents.in_memory(lambda: self._parts(seed))
@@ -172,6 +173,10 @@ class AlignmentStage(_DenoiserStage):
     def __init__(self, model: ArbitraryScaleModel, source: Source, max_weight: float | None):
         super().__init__(model, source)
         self.max_weight, self.lr = max_weight, self.preset.alignment_lr
+
+    def facts(self) -> dict[str, Any]:
+        """Return the images, and the clamp."""
+        return {**super().facts(), "max_weight": self.max_weight}
 
     def draw(self, generator: torch.Generator, part: slice) -> dict[str, Tensor]:
         """Return images, low-resolution ones where there are conditions, steps and noise."""

@@ -8,6 +8,7 @@ initial weights; batches, times and noise are drawn by the seed and the step alo
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +118,10 @@ class ImageStage(Stage):
         whole = part == slice(0, self.batch)
         return self.source(self.batch, generator, *(() if whole else (part,)))
 
+    def facts(self) -> dict[str, Any]:
+        """Return what the images are, where the source can tell."""
+        return getattr(self.source, "contents", {})
+
     def low(self, image: Tensor) -> dict[str, Tensor]:
         """Return the low-resolution images (B, 3, l, l) that are the condition, if any."""
         side = self.preset.low_size
@@ -203,6 +208,10 @@ class DecoderStage(ImageStage):
         super().__init__(source, preset)
         self.first_stage, self.joint = first_stage.requires_grad_(True), not freeze_encoder
         first_stage.encoder.requires_grad_(self.joint)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the images, and whether the encoder learns."""
+        return {**super().facts(), "joint": self.joint}
 
     def draw(self, generator: torch.Generator, part: slice) -> dict[str, Tensor]:
         """Return images, and points of them at a size that is drawn, with their colours."""

@@ -6,6 +6,7 @@ random numbers of all of it and reads its own part.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,8 +44,9 @@ class Batch(Protocol):
 class Source(Protocol):
     """Something that draws images.
 
-    A plain function of `n` and `generator` will do as long as one process draws whole batches. Its
-    attribute `identity`, a text that differs where the images do, lets latents be cached.
+    A plain function of `n` and `generator` will do as long as one process draws whole batches. Two
+    attributes are optional. `identity`, a text that differs where the images do, lets latents be
+    cached. `contents`, a dict for JSON, must stay the same when a run is resumed.
     """
 
     def __call__(self, n: int, generator: torch.Generator, part: slice | None = None) -> Batch:
@@ -107,6 +109,11 @@ class SceneSource:
         """Which scenes these are."""
         return f"scenes {self.seed}, {self.count}"
 
+    @property
+    def contents(self) -> dict[str, Any]:
+        """The same."""
+        return {"images": self.identity}
+
 
 @dataclass(frozen=True)
 class PhotoSource:
@@ -141,8 +148,23 @@ class PhotoSource:
     @cached_property
     def identity(self) -> str | None:
         """Which photographs and sides these are; None where only reading them all could tell."""
-        images = _identity(self.images)
-        return images and f"photographs {images}, crops {self.sides}"
+        images = self._files and [(name, s.st_size, s.st_mtime_ns) for name, s in self._files]
+        whole = self.images.dataset if isinstance(self.images, Subset) else self.images
+        if isinstance(whole, list | tuple):  # in memory
+            images = [*self.images]
+        return images and f"photographs {store.content_key(images)}, crops {self.sides}"
+
+    @cached_property
+    def contents(self) -> dict[str, Any]:
+        """The files by name with their sizes, wherever their folder is, and the crops' sides."""
+        images: Any = self.identity or f"{len(self.images)} images"
+        if self._files:
+            images = {name: s.st_size for name, s in self._files}
+        return {"images": images, "sides": list(self.sides)}
+
+    @cached_property
+    def _files(self) -> list[tuple[str, os.stat_result]] | None:
+        return _files(self.images)
 
 
 def scene_source(count: int = 1 << 20, seed: int = 0) -> SceneSource:
@@ -164,12 +186,11 @@ def whole_source(images: Sequence[Tensor]) -> PhotoSource:
     return PhotoSource(images, (height, width))
 
 
-def _identity(images: Any) -> str | None:
-    """Return a key of the files' names, sizes and times, or of the pixels of images in memory."""
+def _files(images: Any) -> list[tuple[str, os.stat_result]] | None:
+    """Return the images' files by their names below their folder; None for other images."""
     if isinstance(images, Subset):
-        whole = _identity(images.dataset)
-        return whole and store.content_key(whole, list(images.indices))
-    if hasattr(images, "paths"):
-        stats = [(str(path), path.stat()) for path in images.paths]
-        return store.content_key([(name, s.st_size, s.st_mtime_ns) for name, s in stats])
-    return store.content_key(images) if isinstance(images, list | tuple) else None
+        files = _files(images.dataset)
+        return files and [files[i] for i in images.indices]
+    if not hasattr(images, "paths"):
+        return None
+    return [(path.relative_to(images.root).as_posix(), path.stat()) for path in images.paths]

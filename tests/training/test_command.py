@@ -1,18 +1,22 @@
 """`python -m arbscale train`: what it reads, writes, resumes and refuses."""
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from arbscale import ArbitraryScaleModel, data, presets, store
+from arbscale import ArbitraryScaleModel, presets, store
 from arbscale.__main__ import main
 from arbscale.autoencoder import TinyEncoder
 from arbscale.training import command, denoiser, read_log, read_summary
@@ -107,6 +111,10 @@ def test_help_lists_them(capsys):
         ("small -o o --steps 1 2 3", "--steps"),
         ("small -o o --steps 1 2 3 -4", "-4"),
         ("small -o o --pool 1", "pool"),
+        ("small -o o --data photos --subset 0", "subset"),
+        ("small -o o --subset 5", "--subset"),
+        ("small -o o --parts 8 1 1", "--parts"),
+        ("small -o o --whole", "--whole"),
         ("small -o o --data photos --whole", " x "),
         ("small -o o --precision fp8", "fp8"),
         ("small -o o --accumulation 0", "accumulation"),
@@ -127,20 +135,64 @@ def test_nonsense_gives_status_2(run, tmp_path, monkeypatch, words, hint):
     assert not (tmp_path / "o").exists()
 
 
-def test_a_folder_is_split_as_asked(monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [("800 100 100", (800, 100, 100)), ("800 0 0", (800, 0, 0)), ("0.5 0.5 0", (0.5, 0.5, 0.0))],
+)
+def test_a_folder_is_split_as_asked(monkeypatch, words, parts):
     asked = []
     monkeypatch.setattr(
-        data, "open_dataset", lambda *a, **k: asked.append((a, k)) or [torch.zeros(3, 40, 40)]
+        command, "open_dataset", lambda *a, **k: asked.append((a, k)) or [torch.zeros(3, 40, 40)]
     )
-    options = parse("tiny -o o --data pics --parts 800 100 100 --subset 9".split())
+    options = parse(f"tiny -o o --data pics --parts {words} --subset 9".split())
     command._source(options)
-    assert asked == [(("pics", "train"), {"parts": (800, 100, 100), "subset": 9})]
+    assert asked == [(("pics", "train"), {"parts": parts, "subset": 9})]
+    assert {type(part) for part in asked[0][1]["parts"]} == {type(parts[0])}
 
 
 def test_square_pictures_are_taken_whole(monkeypatch):
-    monkeypatch.setattr(data, "open_dataset", lambda name, _: [torch.zeros(3, 40, 40)])
+    monkeypatch.setattr(command, "open_dataset", lambda *_, **__: [torch.zeros(3, 40, 40)])
     options = parse("tiny -o o --data small --whole".split())
     assert command._source(options)(1, torch.Generator()).largest == 40
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_set_and_a_folder_of_one_name_are_told_apart(tmp_path, monkeypatch, capsys, own):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ARBSCALE_DATA", raising=False)
+    if own:
+        (tmp_path / "scenes").mkdir()
+    command._source(parse("tiny -o o".split()))
+    assert ("./scenes" in capsys.readouterr().out) == own
+
+
+@pytest.mark.parametrize(
+    ("data", "begun", "facts"),
+    [
+        ("scenes", "", {"MIT"}),
+        ("scenes", command.SCENES, {"MIT"}),
+        ("scenes", "CC BY-NC 4.0, as the pictures of AFHQ are", {"CC BY-NC 4.0"}),
+        ("afhq_cats", "MIT; like scenes", {"CC BY-NC 4.0"}),
+        ("afhq_cats", "CC BY-NC 4.0, as the pictures of AFHQ are", {"CC BY-NC 4.0"}),
+        ("afhq_cats/hi256", "", {"CC BY-NC 4.0"}),
+        ("DIV2K", command.AFHQ, {"CC BY-NC 4.0", "for academic research only"}),
+        ("mine", command.AFHQ, {"CC BY-NC 4.0", command.UNKNOWN}),
+        ("mine", f"{command.AFHQ} AND {command.UNKNOWN}", {"CC BY-NC 4.0", command.UNKNOWN}),
+        ("mine", "", {command.UNKNOWN}),
+        ("./scenes", "", {command.UNKNOWN}),
+    ],
+)
+def test_the_stricter_licence_wins(data, begun, facts):
+    terms = command.licence(data, begun).split(" AND ")
+    assert len(terms) == len(facts)
+    assert all(any(term.startswith(fact) for term in terms) for fact in facts)
+
+
+def test_the_licence_of_the_folder_that_one_stands_in(tmp_path, monkeypatch):
+    (tmp_path / "afhq_cats256" / "train").mkdir(parents=True)
+    (tmp_path / "cats").symlink_to(tmp_path / "afhq_cats256")
+    monkeypatch.chdir(tmp_path / "afhq_cats256" / "train")
+    assert command.licence(".") == command.licence(str(tmp_path / "cats")) == command.AFHQ
 
 
 # Runs ---------------------------------------------------------------------------------------------
@@ -181,6 +233,86 @@ def test_a_stopped_run_is_resumed(run, tmp_path, monkeypatch):
     assert whole.scale_factor == mine.scale_factor
     pairs = zip(whole.state_dict().values(), mine.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_images_are_compared_wherever_they_are(run, tmp_path):
+    for k in range(6):
+        image = Image.effect_noise((24, 24), 10 * k + 10)
+        (tmp_path / "pics").mkdir(exist_ok=True)
+        image.save(tmp_path / f"pics/{k}.png")
+    words = "small --steps 0 1 0 0 --parts 1 0 0 --sample-every 0 -o mine"
+    assert run(f"{words} --data pics")[0] == 0
+    for same in ("pics/", f"{tmp_path}/pics", "./pics"):
+        assert run(f"{words} --resume --data {same}")[0] == 0
+    shutil.copytree(tmp_path / "pics", tmp_path / "moved/there")
+    assert run(f"{words} --resume --data moved/there")[0] == 0
+    (tmp_path / "pics/3.png").unlink()
+    for name in "abcde":
+        shutil.copy(tmp_path / "pics/0.png", tmp_path / f"pics/{name}.png")
+    status, text = run(f"{words} --resume --data pics")
+    assert status == 2 and "3.png" in text and "5 new (a.png" in text and "--allow-changes" in text
+    with pytest.warns(UserWarning, match="3.png"):
+        assert run(f"{words} --resume --data pics --allow-changes")[0] == 0
+
+
+def test_what_a_run_is_begun_from_is_compared_by_content(run, tmp_path):
+    assert run("small --steps 0 1 0 0 -o first")[0] == 0
+    assert run("small --steps 0 2 0 0 -o second")[0] == 0
+    words = "small --steps 0 0 1 1 --pool 8 -o mine"
+    assert run(f"{words} --start first --max-weight 5")[0] == 0
+    assert run(f"{words} --start {tmp_path}/first/ --max-weight 5 --resume")[0] == 0
+    for change, fact in (
+        ("--start second --max-weight 5", "start"),
+        ("--start first", "max_weight"),
+    ):
+        status, text = run(f"{words} {change} --resume")
+        assert status == 2 and fact in text
+    status, text = run(f"{words} --start first --max-weight 5 --pool 9 --resume")
+    assert status == 2 and "pool" in text
+
+
+def test_the_licence_of_the_start_travels(run, tmp_path):
+    assert run("small --steps 0 1 0 0 -o first")[0] == 0
+    assert store.read_manifest(tmp_path / "first")["licence"] == command.SCENES
+    path = tmp_path / "first" / "manifest.json"
+    path.write_text(path.read_text().replace(command.SCENES, command.AFHQ))
+    assert run("small --start first --steps 0 1 0 0 -o second")[0] == 0
+    assert store.read_manifest(tmp_path / "second")["licence"] == command.AFHQ
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("No space left")])
+def test_a_result_that_cannot_be_written(run, tmp_path, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    words = "small --steps 0 1 0 0 -o mine"
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save", full)
+        status, text = run(words)
+    assert status == 2 and text.strip().splitlines()[-1].startswith("arbscale: mine cannot")
+    assert all(fact in text for fact in ("No space left", "runs/mine", "--resume`"))
+    assert run(f"{words} --resume")[0] == 0 and (tmp_path / "mine/manifest.json").is_file()
+
+
+def test_an_output_that_is_a_file_is_refused_before_training(run, tmp_path):
+    (tmp_path / "mine").write_text("")
+    status, text = run("small --steps 0 1 0 0 -o mine")
+    assert status == 2 and "mine" in text and not (tmp_path / "runs").exists()
+
+
+def test_folder_and_output_are_locked(run, tmp_path, monkeypatch):
+    held, acquire = set(), store._acquire
+    monkeypatch.setattr(store, "_acquire", lambda lock: held.add(lock.name) or acquire(lock))
+    assert run("small --steps 0 1 0 0 -o mine --folder runs/else")[0] == 0
+    assert held == {".mine.lock", ".else.lock"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "runs"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932"])
+def test_a_terminal_that_cannot_show_a_name(run, tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert run("small --steps 0 1 1 0 --pool 8 -o 猫±Ω")[0] == 0
+    assert set(read_summary(tmp_path / "runs/猫±Ω")) == {"decoder", "diffusion"}
 
 
 def test_one_command_a_stage(run, tmp_path):

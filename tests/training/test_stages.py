@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import math
 import os
+import shutil
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -327,6 +329,11 @@ def test_the_pool_holds_what_single_calls_give():
     assert z.std().item() == pytest.approx(1, rel=1e-4)
 
 
+def test_an_empty_pool_is_refused():
+    with pytest.raises(ValueError, match="pool"):
+        train_diffusion(build(), SOURCE, 1, pool=0)
+
+
 @pytest.mark.parametrize("pool", [None, 5])
 def test_each_whole_image_is_encoded_once_with_its_mirror_image(pool):
     model = build()
@@ -493,6 +500,12 @@ def test_sources_know_what_they_draw(tmp_path):
     os.utime(tmp_path / "a.png", (1, 1))
     known.add(photo_source(folder, preset).identity)
     assert len(known) == 3
+    shutil.copytree(tmp_path, tmp_path / "moved")
+    moved = photo_source(ImageFolder(tmp_path / "moved"), preset)
+    assert moved.identity == photo_source(folder, preset).identity
+    assert moved.contents == {"images": {f"{n}.png": ANY for n in "ab"}, "sides": [16, 24]}
+    subset = Subset([ramp, -ramp], [1])
+    assert photo_source(subset, preset).identity == photo_source([-ramp], preset).identity
     assert photo_source(ConcatDataset([folder]), preset).identity is None
     assert scene_source(seed=1).identity != scene_source(seed=2).identity
 
