@@ -76,6 +76,11 @@ class Tile:
         return window, coords.float(), torch.tensor(cells)
 
 
+def as_floats(image: Tensor) -> Tensor:
+    """Return an image of bytes as floats in [-1, 1], and floats as they are."""
+    return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image
+
+
 def tiles(size: Size, side: int, overlap: int) -> Iterator[Tile]:
     """Cover an image of `size` with tiles of at most `side`, overlapping by at least `overlap`.
 
@@ -187,7 +192,7 @@ def paint(
     first_stage
         Decodes, on its own device.
     low
-        The input (3, h, w) in [-1, 1].
+        The input (3, h, w): floats in [-1, 1], or uint8.
     size
         (height, width) of the image.
     latents
@@ -283,7 +288,7 @@ def _back_projected(bands: Iterable[Tensor], low: Tensor, size: Size) -> Iterato
             continue
         of_low, of_rgb, of_error, _ = depends(done, stop)
         reduced = _columns(_rows(rgb, first, (total, n), of_error), low.shape[-1])
-        error = low[:, slice(*of_error)] - reduced
+        error = as_floats(low[:, slice(*of_error)]) - reduced
         enlarged = _columns(_rows(error, of_error[0], (n, total), of_rgb), size[1])
         again = _columns(_rows(enlarged, of_rgb[0], (total, n), of_low), low.shape[-1])
         inner = error[:, of_low[0] - of_error[0] : of_low[1] - of_error[0]]
