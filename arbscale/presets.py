@@ -19,11 +19,9 @@ from arbscale.liif import LIIF, InterpolatedLIIF
 from arbscale.transformer import LatentTransformer, TransformerDenoiser
 from arbscale.unet import UNet
 
-ENCODERS = ("residual", "tiny")
-HEADS = ("liif", "interpolated")
+ENCODERS, HEADS = ("residual", "tiny"), ("liif", "interpolated")
 DENOISERS = ("unet", "unet_transformer", "transformer")
-MOST, MOST_LAYERS = 1_000_000, 32
-"""The largest number that a preset may hold, and the most levels, blocks and hidden layers."""
+MOST, MOST_LAYERS = 1_000_000, 32  # the largest number in a preset; of levels, blocks and layers
 
 
 @dataclass(frozen=True)
@@ -92,21 +90,16 @@ class Preset:
         parts = {"denoiser": DENOISERS, "encoder": ENCODERS, "head": HEADS}
         for field, known in (parts | {"prediction": ("eps", "v")}).items():
             if getattr(self, field) not in known:
-                raise ValueError(
-                    f"{field} is one of {', '.join(known)}, got {getattr(self, field)!r}"
-                )
-        if self.image_size < self.factor:
-            raise ValueError(
-                f"image_size is at least a latent pixel of {self.factor} px, got {self.image_size}"
-            )
+                found = getattr(self, field)
+                raise ValueError(f"{field} is one of {', '.join(known)}, got {found!r}")
+        if not self.latent_size:
+            raise ValueError(f"image_size is at least {self.factor} px, got {self.image_size}")
         low, high = self.target_sizes
         if low > high:
             raise ValueError(f"target_sizes are a smallest and a largest side, got {low}, {high}")
         if self.lpips_weight and min(self.crop, low, self.image_size) < 32:
-            raise ValueError(
-                "LPIPS takes crop, image_size and target_sizes of at least 32 px, got "
-                f"{self.crop}, {self.image_size} and {self.target_sizes}"
-            )
+            sides = self.crop, self.image_size, self.target_sizes
+            raise ValueError(f"LPIPS takes crop, image_size, target_sizes from 32 px, got {sides}")
 
     @property
     def factor(self) -> int:
@@ -127,43 +120,28 @@ class Preset:
         """Read what `to_dict` wrote, by default for missing fields; ValueError on unknown ones."""
         if not isinstance(values, dict) or not isinstance(values.get("name"), str):
             raise ValueError(f"a preset is a dictionary of fields with a name, got {values!r:.100}")
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"the preset has unknown fields {unknown}, of a newer version; update arbscale"
-            )
+        if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
+            raise ValueError(f"the preset has newer fields {unknown}; update arbscale")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _check(name: str, kind: str, value: Any) -> None:
-    """Raise ValueError unless a field's value is of its kind and in its range.
-
-    Integers are at least 1, but for a crop and for numbers of levels. The upper bounds are beyond
-    any use; they keep a manifest that is wrong from building networks for hours.
-    """
-    least = 0 if name == "crop" or name.endswith("levels") else 1
+    """Raise ValueError unless a field's value is of its kind and in its range."""
     most = MOST_LAYERS if name.endswith("blocks") else MOST
-
-    def whole(n: Any) -> bool:
-        return type(n) is int and least <= n <= most
-
-    if kind.startswith("tuple"):
-        wanted = f"integers from {least} to {most}, at most {MOST_LAYERS} of them"
-        good = isinstance(value, tuple) and all(map(whole, value[: MOST_LAYERS + 1]))
-        lengths = (2, 2) if name == "target_sizes" else (int("multipliers" in name), MOST_LAYERS)
-        good = good and lengths[0] <= len(value) <= lengths[1]
-    elif kind == "float":
-        wanted = f"a finite number from 0 to {MOST}"
-        good = type(value) in (int, float) and 0 <= value <= MOST
-        if name == "noise_level":
-            wanted, good = f"{wanted}, but not 0", good and value > 0
-    elif kind.startswith("int"):
-        wanted = f"an integer from {least} to {most}"
-        good = whole(value) or (value is None and "None" in kind)
+    least: float = 0 if kind == "float" or name == "crop" or name.endswith("levels") else 1
+    least = 1e-6 if name == "noise_level" else least
+    if value is None or kind in ("str", "bool"):
+        good = "None" in kind if value is None else type(value).__name__ == kind
     else:
-        wanted, good = f"of type {kind}", type(value).__name__ == kind
+        numbers = value if kind.startswith("tuple") and type(value) is tuple else (value,)
+        kinds = (int, float) if kind == "float" else (int,)
+        good = all(type(n) in kinds and least <= n <= most for n in numbers)
+    if good and kind.startswith("tuple"):
+        fewest, longest = (2, 2) if name == "target_sizes" else ("mult" in name, MOST_LAYERS)
+        good = type(value) is tuple and fewest <= len(value) <= longest
     if not good:
-        raise ValueError(f"{name} is {wanted}, got {value!r:.100}")
+        span = "" if kind in ("str", "bool") else f" from {least} to {most}"
+        raise ValueError(f"{name} is {kind}{span}, got {value!r:.100}")
 
 
 def tiny(low_size: int | None = None) -> Preset:
