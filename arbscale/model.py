@@ -126,8 +126,8 @@ class ArbitraryScaleModel(nn.Module):
         Parameters
         ----------
         image
-            PIL image, uint8 array (H, W, 3) or (H, W), or float tensor (3, H, W) or (B, 3, H, W)
-            in [-1, 1].
+            PIL image (turned upright and converted to sRGB as `data.pixels` says), uint8 array
+            (H, W), (H, W, 3) or (H, W, 4), or float tensor (3, H, W) or (B, 3, H, W) in [-1, 1].
         scale, size
             One of the two: a positive factor, or the output's (height, width).
         seed, steps, sampler
@@ -140,10 +140,12 @@ class ArbitraryScaleModel(nn.Module):
         Returns
         -------
         Any
-            The kind it was given: PIL image (RGB), uint8 array (H', W', 3), or tensor in [-1, 1].
+            The kind it was given: PIL image (RGB), uint8 array (H', W', 3), or tensor in [-1, 1];
+            RGBA or (H', W', 4) with the transparency enlarged, too, where there is any.
 
         """
-        from arbscale.data import to_tensor
+        from arbscale.data.images import open_upright, to_tensor
+        from arbscale.data.pixels import fill_clear
 
         if not self.preset.low_size:
             raise RuntimeError(f"{self.preset.name} is a generator; load a super-resolution model")
@@ -157,7 +159,8 @@ class ArbitraryScaleModel(nn.Module):
             options = scale, size, seed, steps, sampler, tile
             pairs = zip(image, inner, strict=True)
             return torch.stack([self.upscale(one, *options, report) for one, report in pairs])
-        low = to_tensor(image)  # (3, h, w)
+        low, alpha = (image, None) if isinstance(image, Tensor) else open_upright(image)[:2]
+        low = to_tensor(fill_clear(low, alpha))  # (3, h, w)
         if (scale is None) == (size is None):
             raise ValueError("give either scale, such as 3.7, or size, such as (480, 640)")
         size = scaled_size(low.shape[-2:], scale) if size is None else check_size(size)
@@ -166,7 +169,7 @@ class ArbitraryScaleModel(nn.Module):
         keep_float = isinstance(image, Tensor) and image.is_floating_point()
         dtype = torch.float32 if keep_float else torch.uint8
         latents = ((span, z[span.latent(self.zoom)]) for span in spans)
-        return _like(self.paint(low, size, latents, dtype), image)
+        return _like(self.paint(low, size, latents, dtype), image, alpha)
 
     def tiles(self, size: Size, side: int | None = None) -> list[Tile]:
         """Cut an input of `size` into tiles; `side` in its pixels, by default twice `low_size`."""
@@ -279,10 +282,14 @@ class ArbitraryScaleModel(nn.Module):
         return model.eval()
 
 
-def _like(out: Tensor, image: Any) -> Any:
-    """Return `out` (3, H, W) as the kind that `image` is."""
+def _like(out: Tensor, image: Any, alpha: Tensor | None) -> Any:
+    """Return `out` (3, H, W) as the kind that `image` is, with its alpha (1, h, w) enlarged."""
+    from arbscale.data.images import resize_alpha
+
     if isinstance(image, Tensor):
         return out.to(image.device)
+    if alpha is not None:
+        out = torch.cat([out, resize_alpha(alpha, out.shape[-2:])])
     array = out.permute(1, 2, 0).contiguous().numpy()
     if type(image).__module__ == "numpy":
         return array

@@ -181,6 +181,15 @@ def resize(image: Tensor, size: int | Size) -> Tensor:
     return resized if image.ndim == 4 else resized[0]
 
 
+def resize_alpha(alpha: Tensor, size: Size) -> Tensor:
+    """Return alpha (1, h, w) of uint8 at another size, by PIL's bicubic."""
+    from PIL import Image
+
+    plane = Image.fromarray(alpha[0].numpy())
+    resized = plane.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized))[None]
+
+
 def random_crop(
     image: Tensor, size: int | Size, generator: torch.Generator | None = None
 ) -> Tensor:
