@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
+import torch
 import tyro
 from tqdm.auto import tqdm
 from tyro.conf import Positional, arg
@@ -17,6 +21,8 @@ from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.samplers import Sampling
 
 MAX_PIXELS = 400_000_000  # of an output file; more than an image viewer opens
+MAX_SIDE = 100_000  # pixels
+BATCH, BATCH_PIXELS = 16, 4_000_000  # generated at a time, at most
 Output = Annotated[Path, arg(aliases=["-o"], help="an image file")]
 Model = Annotated[str, arg(help="name or folder")]
 Drawn = Annotated[Sampling, arg(name="")]
@@ -28,6 +34,7 @@ def demo(output: Output = Path("outputs/demo.png"), seed: int = 34) -> None:
     from arbscale.data import resize, sample_photos
     from arbscale.viz import contact_sheet
 
+    _check_output(output)
     cats, photos = ArbitraryScaleModel.load("cats"), ArbitraryScaleModel.load("photos")
     items = []
     for size in (32, (75, 100), 200, 512):
@@ -58,16 +65,36 @@ def generate(
     from arbscale.data import to_pil
     from arbscale.viz import contact_sheet
 
-    loaded = ArbitraryScaleModel.load(model).to(pick_device())
     _check_output(output, size)
-    with tqdm(unit="step") as bar:
-        images = loaded.generate(number, size, **vars(sampling), progress=_shown_by(bar))
+    if number < 1:
+        raise ValueError(f"--number is at least 1, got {number}")
     if sheet:
-        items = [(image, f"{i}") for i, image in enumerate(images)]
-        return _write(contact_sheet(items, columns=4, box=max(size)), output)
-    for i, image in enumerate(images):
-        stem = output.stem + (f"-{i:03d}" if number > 1 else "")
-        _write(to_pil(image), output.with_stem(stem))
+        _check_size((math.ceil(number / 4) * max(size), 4 * max(size)))
+    loaded = ArbitraryScaleModel.load(model).to(pick_device())
+    batch = max(1, min(BATCH, BATCH_PIXELS // (size[0] * size[1])))
+    if number > batch:
+        megabytes = 3 * number * size[0] * size[1] / 1e6
+        print(f"{number} images, {batch} at a time, at most {megabytes:.0f} MB")
+    generator, started, items = sampling.generator(), time.perf_counter(), []
+    digits = max(3, len(str(number - 1)))
+    with tqdm(unit="step", total=sampling.steps * math.ceil(number / batch)) as bar:
+        for first in range(0, number, batch):
+            n, before = min(batch, number - first), bar.n
+            more = {
+                "generator": generator,
+                "progress": lambda i, _, n=before: bar.update(n + i - bar.n),
+            }
+            for i, image in enumerate(loaded.generate(n, size, **vars(sampling), **more), first):
+                if sheet:
+                    items.append((image, f"{i}"))
+                else:
+                    stem = output.stem + (f"-{i:0{digits}d}" if number > 1 else "")
+                    _write(to_pil(image), output.with_stem(stem))
+            if first == 0 and number > batch:
+                minutes = (time.perf_counter() - started) * (number / batch - 1) / 60
+                print(f"about {minutes:.0f} minutes to go")
+    if sheet:
+        _write(contact_sheet(items, columns=4, box=max(size)), output)
 
 
 def upscale(
@@ -84,10 +111,11 @@ def upscale(
 
     if (scale is None) == (size is None):
         raise ValueError("give either --scale, such as 3.7, or --size, such as 480x640")
-    loaded = ArbitraryScaleModel.load(model).to(pick_device())
+    _check_output(output)
     low = to_pil(load_image(image))
     size = size or scaled_size((low.height, low.width), scale)
     _check_output(output, size)
+    loaded = ArbitraryScaleModel.load(model).to(pick_device())
     with tqdm(unit="step") as bar:
         large = loaded.upscale(low, size=size, **vars(sampling), progress=_shown_by(bar))
     _write(large, output)
@@ -97,7 +125,9 @@ def train(words: Positional[tuple[str, ...]]) -> None:
     """Train a preset through its four stages; `train NAME --help` lists every number."""
     from arbscale.training import command
 
-    command.train(command.parse(list(words)))
+    options = command.parse(list(words))
+    store.check_writable(options.output / store.MANIFEST)
+    command.train(options)
 
 
 def convert(
@@ -122,11 +152,11 @@ def check(
     root = find_folder(folder)
     report = check_folder(root)
     if list:
-        _print(report.listing())
-    _print(report.summary())
+        print(report.listing())
+    print(report.summary())
     if not report.used:
         raise ValueError(f"no image in {root} can be used")
-    _print(f"splits:\n{splits(root)}")
+    print(f"splits:\n{splits(root)}")
 
 
 def download(
@@ -141,7 +171,7 @@ def download(
     from arbscale.data import download as downloads
 
     for folder in downloads.download(name, output):
-        _print(f"{folder} is complete")
+        print(f"{folder} is complete")
     print(downloads.TERMS[name])
 
 
@@ -155,23 +185,24 @@ def _shown_by(bar: tqdm) -> Any:
     return progress
 
 
-def _print(text: str) -> None:
-    """Print names of files, which may hold what the terminal cannot show."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
-def _check_output(path: Path, size: Size) -> None:
+def _check_output(path: Path, size: Size = (1, 1)) -> None:
     """Refuse what cannot be written before anything is computed."""
     from PIL import Image
 
     if path.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"{path}: name an image file, such as {path.stem or 'out'}.png")
-    if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(
-            f"{size[0]} x {size[1]} is over {MAX_PIXELS // 10**6} million pixels; take a smaller "
-            "scale, or render windows of it from Python"
+    store.check_writable(path)
+    _check_size(size)
+
+
+def _check_size(size: Size) -> Size:
+    """Return the size of an image; InputError for one that no viewer opens."""
+    if size[0] * size[1] > MAX_PIXELS or max(size) > MAX_SIDE:
+        raise store.InputError(
+            f"{size[0]} x {size[1]} is over {MAX_PIXELS // 10**6} million pixels, or {MAX_SIDE} a "
+            "side; take a smaller scale, or render windows of it from Python"
         )
+    return size
 
 
 def _write(image: Any, path: Path) -> None:
@@ -191,7 +222,7 @@ def _size(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
 
     def read(words: list[str]) -> Size:
         numbers = [int(n) for n in words[0].lower().split("x")]
-        return check_size(numbers[0] if len(numbers) == 1 else tuple(numbers))
+        return _check_size(check_size(numbers[0] if len(numbers) == 1 else tuple(numbers)))
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
@@ -209,8 +240,14 @@ COMMANDS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; an expected error is one line and exit status 2."""
+    """Run a command and return 0; what the user can mend is one line and status 2.
+
+    Any other error is a bug: it goes on, so that Python prints its traceback and exits with 1.
+    """
     words = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is escaped
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if words[:1] == ["train"]:  # its own parser knows the named preset's numbers
             train(tuple(words[1:]))
@@ -223,11 +260,43 @@ def main(argv: list[str] | None = None) -> int:
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
                 registry=REGISTRY,
             )
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"arbscale: {' '.join(str(error).split())}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        _say(stop.args[0] if stop.args else "stopped")
+        return 130
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if not (text := _for_user(error)):
+            raise
+        _say(text)
         return 2
     return 0
 
 
+def _say(text: str) -> None:
+    for bar in list(tqdm._instances):
+        bar.close()  # or the text would stand on its line
+    print(f"arbscale: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _for_user(error: Exception) -> str:
+    """Return the message of an error that the user can mend, or "" for a bug.
+
+    Meant for users are InputError, what the system refuses, and each ValueError or RuntimeError
+    that a `raise` of this package raised, while one out of a library's depths is a bug.
+    """
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return "out of memory; take a smaller size, number or batch"
+    if "in DataLoader worker process" in text and isinstance(error, (ValueError, OSError)):
+        return text.strip().splitlines()[-1].partition(": ")[2]  # above it is the traceback
+    if isinstance(error, (store.InputError, OSError)):
+        return text or type(error).__name__
+    return text if type(error) in (ValueError, RuntimeError) and store.deliberate(error) else ""
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    if callable(signal.getsignal(signal.SIGINT)):  # not where Ctrl-C is ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = main()
+    if callable(signal.getsignal(signal.SIGINT)):  # from here on nothing is lost
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)

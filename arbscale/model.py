@@ -69,16 +69,18 @@ class ArbitraryScaleModel(nn.Module):
         steps: int = 20,
         sampler: str = "dpm_solver_pp",
         progress: Progress | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Generate n images from noise at any `size`: (n, 3, height, width) in [-1, 1].
 
         `size` is (height, width) or the side of a square; for seed, steps and sampler see
         `samplers.Sampling`. The same seed gives the same images at every size of one aspect ratio,
         and with a deterministic sampler image i does not depend on `n`. For another ratio the
-        latent grid takes that ratio at about the area that the model was trained at.
+        latent grid takes that ratio at about the area that the model was trained at. Several calls
+        with one `generator` continue its stream of noise: they give the images of one large call.
         """
         size = check_size(size)
-        z = self.sample(n, seed, steps, sampler, self.latent_grid(size), progress)
+        z = self.sample(n, seed, steps, sampler, self.latent_grid(size), progress, generator)
         return self.decode(z, size)
 
     @torch.no_grad()
@@ -90,6 +92,7 @@ class ArbitraryScaleModel(nn.Module):
         sampler: str = "dpm_solver_pp",
         grid: Size | None = None,
         progress: Progress | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw n unscaled latents (n, c, h, w); `grid` is (h, w), by default as in training.
 
@@ -100,7 +103,7 @@ class ArbitraryScaleModel(nn.Module):
         if n < 1:
             raise ValueError(f"n is the number of images, at least 1, got {n}")
         sampling = Sampling(steps, sampler, seed)
-        generator = sampling.generator()
+        generator = generator or sampling.generator()
         shape = (self.preset.latent_channels, *(grid or (self.preset.latent_size,) * 2))
         noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
         callback = progress and (lambda i, z_t, z_0: progress(i + 1, steps))

@@ -195,6 +195,11 @@ class Sampling:
     sampler: str = "dpm_solver_pp"  # ddpm, ddim or dpm_solver_pp
     seed: int = 0  # decides everything
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a seed that no generator takes."""
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"a seed is an integer from -2**63 to 2**64 - 1, got {self.seed!r}")
+
     def generator(self) -> torch.Generator:
         """Return a fresh generator on the CPU."""
         return torch.Generator().manual_seed(self.seed)

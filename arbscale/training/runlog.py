@@ -87,4 +87,5 @@ def read_log(folder: Path) -> list[dict]:
 def read_summary(folder: Path) -> dict:
     """Return what each finished stage of a run noted."""
     path = Path(folder) / SUMMARY
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    with store.reading(path):
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
