@@ -51,6 +51,16 @@ def open_upright(image: Any) -> tuple[Tensor, Tensor | None, list[str]]:
     raise ValueError(f"an image is a PIL image with pixels, an array or a tensor, got {found}")
 
 
+def to_upright(image: Any) -> tuple[Any, list[str]]:
+    """Return a PIL image as RGB or RGBA of 8 bits, upright, as sRGB; and what was converted."""
+    from PIL import Image
+
+    rgb, alpha, notes = open_upright(image)
+    rgb = rgb if rgb.dtype == torch.uint8 else to_uint8(rgb)
+    levels = rgb if alpha is None else torch.cat([rgb, alpha])
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy()), notes
+
+
 def _tensor_to_tensor(image: Tensor) -> Tensor:
     if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
         raise ValueError(f"an image is a tensor (3, H, W), got {tuple(image.shape)}")
