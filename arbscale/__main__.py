@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
+import torch
 import tyro
 from tqdm.auto import tqdm
 from tyro.conf import Positional, arg
 
 from arbscale import compat, store
 from arbscale.coords import Size, check_size, scaled_size
+from arbscale.data import output as output_files
 from arbscale.evaluation.command import ablate, bench, evaluate, table
 from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.samplers import Sampling
 
 MAX_PIXELS = 400_000_000  # of an output file; more than an image viewer opens
+MAX_SIDE = 100_000  # pixels
+BATCH, BATCH_PIXELS = 16, 4_000_000  # generated at a time, at most
 Output = Annotated[Path, arg(aliases=["-o"], help="an image file")]
 Model = Annotated[str, arg(help="name or folder")]
+Quality = Annotated[int, arg(help="of JPEG, WebP and AVIF, 1 to 100")]
 Drawn = Annotated[Sampling, arg(name="")]
 USUAL, SHORT = Sampling(), Sampling(steps=5)
+
+
+def _edge(words: list[str]) -> int | Size:
+    """Read "256" as an integer and "75x100" as a Size."""
+    numbers = [int(n) for n in words[0].lower().split("x")]
+    size = _check_size(check_size(numbers[0] if len(numbers) == 1 else tuple(numbers)))
+    return numbers[0] if len(numbers) == 1 else size
+
+
+def _spec(read: Callable[[list[str]], Any]) -> tyro.constructors.PrimitiveConstructorSpec:
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SIZE",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int | tuple),
+        str_from_instance=lambda size: [
+            str(size) if isinstance(size, int) else "{}x{}".format(*size)
+        ],
+    )
+
+
+Edge = Annotated[int | Size, _spec(_edge)]
 
 
 def demo(output: Output = Path("outputs/demo.png"), seed: int = 34) -> None:
@@ -28,6 +59,7 @@ def demo(output: Output = Path("outputs/demo.png"), seed: int = 34) -> None:
     from arbscale.data import resize, sample_photos
     from arbscale.viz import contact_sheet
 
+    _check_output(output)
     cats, photos = ArbitraryScaleModel.load("cats"), ArbitraryScaleModel.load("photos")
     items = []
     for size in (32, (75, 100), 200, 512):
@@ -52,22 +84,43 @@ def generate(
     number: Annotated[int, arg(aliases=["-n"], help="of images")] = 1,
     size: Annotated[Size, arg(help="256, or 75x100 (height x width)")] = (256, 256),
     sheet: Annotated[bool, arg(help="write all on one sheet")] = False,
+    quality: Quality = output_files.QUALITY,
     sampling: Drawn = USUAL,
 ) -> None:
     """Generate images from noise at any size; several are numbered."""
     from arbscale.data import to_pil
     from arbscale.viz import contact_sheet
 
-    loaded = ArbitraryScaleModel.load(model).to(pick_device())
-    _check_output(output, size)
-    with tqdm(unit="step") as bar:
-        images = loaded.generate(number, size, **vars(sampling), progress=_shown_by(bar))
+    _check_output(output, size, quality)
+    if number < 1:
+        raise ValueError(f"--number is at least 1, got {number}")
     if sheet:
-        items = [(image, f"{i}") for i, image in enumerate(images)]
-        return _write(contact_sheet(items, columns=4, box=max(size)), output)
-    for i, image in enumerate(images):
-        stem = output.stem + (f"-{i:03d}" if number > 1 else "")
-        _write(to_pil(image), output.with_stem(stem))
+        _check_size((math.ceil(number / 4) * max(size), 4 * max(size)))
+    loaded = ArbitraryScaleModel.load(model).to(pick_device())
+    batch = max(1, min(BATCH, BATCH_PIXELS // (size[0] * size[1])))
+    if number > batch:
+        megabytes = 3 * number * size[0] * size[1] / 1e6
+        print(f"{number} images, {batch} at a time, at most {megabytes:.0f} MB")
+    generator, started, items = sampling.generator(), time.perf_counter(), []
+    digits = max(3, len(str(number - 1)))
+    with tqdm(unit="step", total=sampling.steps * math.ceil(number / batch)) as bar:
+        for first in range(0, number, batch):
+            n, before = min(batch, number - first), bar.n
+            more = {
+                "generator": generator,
+                "progress": lambda i, _, n=before: bar.update(n + i - bar.n),
+            }
+            for i, image in enumerate(loaded.generate(n, size, **vars(sampling), **more), first):
+                if sheet:
+                    items.append((image, f"{i}"))
+                else:
+                    stem = output.stem + (f"-{i:0{digits}d}" if number > 1 else "")
+                    _write(to_pil(image), output.with_stem(stem), quality)
+            if first == 0 and number > batch:
+                minutes = (time.perf_counter() - started) * (number / batch - 1) / 60
+                print(f"about {minutes:.0f} minutes to go")
+    if sheet:
+        _write(contact_sheet(items, columns=4, box=max(size)), output, quality)
 
 
 def upscale(
@@ -76,28 +129,40 @@ def upscale(
     output: Output,
     model: Model = "photos",
     scale: Annotated[float | None, arg(help="a positive number such as 3.7")] = None,
-    size: Annotated[Size | None, arg(help="1080, or 1080x1920 (height x width)")] = None,
+    size: Annotated[
+        Edge | None, arg(help="480x640 (height x width), or the longer side alone: 640")
+    ] = None,
+    quality: Quality = output_files.QUALITY,
     sampling: Drawn = SHORT,
 ) -> None:
     """Enlarge an image by any factor or to any size: give --scale or --size."""
-    from arbscale.data import load_image, to_pil
+    from arbscale.data.images import open_image, to_upright
 
     if (scale is None) == (size is None):
         raise ValueError("give either --scale, such as 3.7, or --size, such as 480x640")
-    loaded = ArbitraryScaleModel.load(model).to(pick_device())
-    low = to_pil(load_image(image))
+    _check_output(output, quality=quality)
+    with open_image(image) as opened:
+        low, notes = to_upright(opened)
+        exif = output_files.kept_exif(opened)
+    if isinstance(size, int):
+        scale, size = size / max(low.size), None
     size = size or scaled_size((low.height, low.width), scale)
-    _check_output(output, size)
+    _check_output(output, size, quality)
+    if notes:
+        print(f"{image}: {'; '.join(notes)}")
+    loaded = ArbitraryScaleModel.load(model).to(pick_device())
     with tqdm(unit="step") as bar:
         large = loaded.upscale(low, size=size, **vars(sampling), progress=_shown_by(bar))
-    _write(large, output)
+    _write(large, output, quality, exif)
 
 
 def train(words: Positional[tuple[str, ...]]) -> None:
     """Train a preset through its four stages; `train NAME --help` lists every number."""
     from arbscale.training import command
 
-    command.train(command.parse(list(words)))
+    options = command.parse(list(words))
+    store.check_writable(options.output / store.MANIFEST)
+    command.train(options)
 
 
 def convert(
@@ -122,11 +187,11 @@ def check(
     root = find_folder(folder)
     report = check_folder(root)
     if list:
-        _print(report.listing())
-    _print(report.summary())
+        print(report.listing())
+    print(report.summary())
     if not report.used:
         raise ValueError(f"no image in {root} can be used")
-    _print(f"splits:\n{splits(root)}")
+    print(f"splits:\n{splits(root)}")
 
 
 def download(
@@ -141,7 +206,7 @@ def download(
     from arbscale.data import download as downloads
 
     for folder in downloads.download(name, output):
-        _print(f"{folder} is complete")
+        print(f"{folder} is complete")
     print(downloads.TERMS[name])
 
 
@@ -155,28 +220,23 @@ def _shown_by(bar: tqdm) -> Any:
     return progress
 
 
-def _print(text: str) -> None:
-    """Print names of files, which may hold what the terminal cannot show."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
-def _check_output(path: Path, size: Size) -> None:
+def _check_output(path: Path, size: Size = (1, 1), quality: int = output_files.QUALITY) -> None:
     """Refuse what cannot be written before anything is computed."""
-    from PIL import Image
+    output_files.check_output(path, _check_size(size), quality)
 
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{path}: name an image file, such as {path.stem or 'out'}.png")
-    if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(
-            f"{size[0]} x {size[1]} is over {MAX_PIXELS // 10**6} million pixels; take a smaller "
-            "scale, or render windows of it from Python"
+
+def _check_size(size: Size) -> Size:
+    """Return the size of an image; InputError for one that no viewer opens."""
+    if size[0] * size[1] > MAX_PIXELS or max(size) > MAX_SIDE:
+        raise store.InputError(
+            f"{size[0]} x {size[1]} is over {MAX_PIXELS // 10**6} million pixels, or {MAX_SIDE} a "
+            "side; take a smaller scale, or render windows of it from Python"
         )
+    return size
 
 
-def _write(image: Any, path: Path) -> None:
-    with store.replacing(path) as draft:
-        image.save(draft)
+def _write(image: Any, path: Path, quality: int = output_files.QUALITY, exif: bytes = b"") -> None:
+    output_files.write_image(image, path, quality, exif)
     print(f"wrote {path} ({image.height} x {image.width})")
 
 
@@ -188,18 +248,7 @@ def _size(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
     """Read a Size as "256" or "75x100" (height x width)."""
     if (get_origin(info.type), get_args(info.type)) != (tuple, (int, int)):
         return None
-
-    def read(words: list[str]) -> Size:
-        numbers = [int(n) for n in words[0].lower().split("x")]
-        return check_size(numbers[0] if len(numbers) == 1 else tuple(numbers))
-
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="SIZE",
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, tuple) and len(value) == 2,
-        str_from_instance=lambda size: ["x".join(map(str, size))],
-    )
+    return _spec(lambda words: check_size(_edge(words)))
 
 
 COMMANDS = (
@@ -209,8 +258,14 @@ COMMANDS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; an expected error is one line and exit status 2."""
+    """Run a command and return 0; what the user can mend is one line and status 2.
+
+    Any other error is a bug: it goes on, so that Python prints its traceback and exits with 1.
+    """
     words = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is escaped
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if words[:1] == ["train"]:  # its own parser knows the named preset's numbers
             train(tuple(words[1:]))
@@ -223,11 +278,43 @@ def main(argv: list[str] | None = None) -> int:
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
                 registry=REGISTRY,
             )
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"arbscale: {' '.join(str(error).split())}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        _say(stop.args[0] if stop.args else "stopped")
+        return 130
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if not (text := _for_user(error)):
+            raise
+        _say(text)
         return 2
     return 0
 
 
+def _say(text: str) -> None:
+    for bar in list(tqdm._instances):
+        bar.close()  # or the text would stand on its line
+    print(f"arbscale: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _for_user(error: Exception) -> str:
+    """Return the message of an error that the user can mend, or "" for a bug.
+
+    Meant for users are InputError, what the system refuses, and each ValueError or RuntimeError
+    that a `raise` of this package raised, while one out of a library's depths is a bug.
+    """
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return "out of memory; take a smaller size, number or batch"
+    if "in DataLoader worker process" in text and isinstance(error, (ValueError, OSError)):
+        return text.strip().splitlines()[-1].partition(": ")[2]  # above it is the traceback
+    if isinstance(error, (store.InputError, OSError)):
+        return text or type(error).__name__
+    return text if type(error) in (ValueError, RuntimeError) and store.deliberate(error) else ""
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    if callable(signal.getsignal(signal.SIGINT)):  # not where Ctrl-C is ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = main()
+    if callable(signal.getsignal(signal.SIGINT)):  # from here on nothing is lost
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)

@@ -55,7 +55,7 @@ def scaled_size(size: Size, scale: float) -> Size:
 
     Raises ValueError unless `scale` is a positive finite number.
     """
-    if not (math.isfinite(scale) and scale > 0):
+    if not (math.isfinite(scale * max(size)) and scale > 0):
         raise ValueError(f"a scale is a positive number such as 3.7, got {scale!r}")
     return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
 

@@ -174,7 +174,9 @@ class InterpolatedLIIF(_Head):
     """Features (B, C, h, w) -> colours (3 channels) at any point, by one MLP call for a point.
 
     A local implicit image function whose features are interpolated in place of its predictions.
-    The first layer acts on the feature grid; its output is interpolated bilinearly at the point;
+    The first layer acts on the feature grid and sees 3 x 3 features (the feature unfolding of Chen,
+    Liu and Wang 2021): with one alone, what neighbouring latent pixels say does not match where it
+    is blended, and their borders show. Its output is interpolated bilinearly at the point;
     the point's place within its latent pixel (as sines and cosines, so that it is continuous across
     borders) and the cell enter there; ReLU and the other layers follow. Where LIIF needs its local
     ensemble for continuity, this is continuous by construction.
@@ -204,7 +206,9 @@ class InterpolatedLIIF(_Head):
     ):
         super().__init__()
         self.in_channels, self.cell_decode, self.finer = in_channels, cell_decode, finer
-        self.first = nn.Conv2d(in_channels, hidden[0] * finer**2, 1)
+        self.first = nn.Conv2d(
+            in_channels, hidden[0] * finer**2, 3, padding=1, padding_mode="replicate"
+        )
         self.place = nn.Linear(4 * len(self.PERIODS) + 2 * cell_decode, hidden[0], bias=False)
         self.layers = nn.ModuleList(
             nn.Linear(a, b) for a, b in zip(hidden, [*hidden[1:], 3], strict=True)

@@ -78,16 +78,18 @@ class ArbitraryScaleModel(nn.Module):
         steps: int = 20,
         sampler: str = "dpm_solver_pp",
         progress: Progress | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Generate n images from noise at any `size`: (n, 3, height, width) in [-1, 1].
 
         `size` is (height, width) or the side of a square; for seed, steps and sampler see
         `samplers.Sampling`. The same seed gives the same images at every size of one aspect ratio,
         and with a deterministic sampler image i does not depend on `n`. For another ratio the
-        latent grid takes that ratio at about the area that the model was trained at.
+        latent grid takes that ratio at about the area that the model was trained at. Several calls
+        with one `generator` continue its stream of noise: they give the images of one large call.
         """
         size = check_size(size)
-        z = self.sample(n, seed, steps, sampler, self.latent_grid(size), progress)
+        z = self.sample(n, seed, steps, sampler, self.latent_grid(size), progress, generator)
         return self.decode(z, size)
 
     @torch.no_grad()
@@ -99,6 +101,7 @@ class ArbitraryScaleModel(nn.Module):
         sampler: str = "dpm_solver_pp",
         grid: Size | None = None,
         progress: Progress | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw n unscaled latents (n, c, h, w); `grid` is (h, w), by default as in training.
 
@@ -110,7 +113,7 @@ class ArbitraryScaleModel(nn.Module):
         if n < 1:
             raise ValueError(f"n is the number of images, at least 1, got {n}")
         sampling = Sampling(steps, sampler, seed)
-        generator = sampling.generator()
+        generator = generator or sampling.generator()
         shape = (self.preset.latent_channels, *(grid or (self.preset.latent_size,) * 2))
         noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
         callback = progress and (lambda i, z_t, z_0: progress(i + 1, steps))
@@ -136,8 +139,8 @@ class ArbitraryScaleModel(nn.Module):
         Parameters
         ----------
         image
-            PIL image, uint8 array (H, W, 3) or (H, W), or float tensor (3, H, W) or (B, 3, H, W)
-            in [-1, 1].
+            PIL image (turned upright and converted to sRGB as `data.pixels` says), uint8 array
+            (H, W), (H, W, 3) or (H, W, 4), or float tensor (3, H, W) or (B, 3, H, W) in [-1, 1].
         scale, size
             One of the two: a positive factor, or the output's (height, width).
         seed, steps, sampler
@@ -150,10 +153,12 @@ class ArbitraryScaleModel(nn.Module):
         Returns
         -------
         Any
-            The kind it was given: PIL image (RGB), uint8 array (H', W', 3), or tensor in [-1, 1].
+            The kind it was given: PIL image (RGB), uint8 array (H', W', 3), or tensor in [-1, 1];
+            RGBA or (H', W', 4) with the transparency enlarged, too, where there is any.
 
         """
-        from arbscale.data import to_tensor
+        from arbscale.data.images import open_upright, to_tensor
+        from arbscale.data.pixels import fill_clear
 
         if not self.preset.low_size:
             raise RuntimeError(f"{self.preset.name} is a generator; load a super-resolution model")
@@ -170,7 +175,8 @@ class ArbitraryScaleModel(nn.Module):
             options = scale, size, seed, steps, sampler, tile
             pairs = zip(image, inner, strict=True)
             return torch.stack([self.upscale(one, *options, report) for one, report in pairs])
-        low = to_tensor(image)  # (3, h, w)
+        low, alpha = (image, None) if isinstance(image, Tensor) else open_upright(image)[:2]
+        low = to_tensor(fill_clear(low, alpha))  # (3, h, w)
         low = low.cpu() if low.device.type == "mps" else low  # which lacks antialiased resampling
         if (scale is None) == (size is None):
             raise ValueError("give either scale, such as 3.7, or size, such as (480, 640)")
@@ -180,7 +186,7 @@ class ArbitraryScaleModel(nn.Module):
         keep_float = isinstance(image, Tensor) and image.is_floating_point()
         dtype = torch.float32 if keep_float else torch.uint8
         latents = ((span, z[span.latent(self.zoom)]) for span in spans)
-        return _like(self.paint(low, size, latents, dtype), image)
+        return _like(self.paint(low, size, latents, dtype), image, alpha)
 
     def tiles(self, size: Size, side: int | None = None) -> list[Tile]:
         """Cut an input of `size` into tiles; `side` in its pixels, by default twice `low_size`."""
@@ -320,20 +326,21 @@ def _shapes(preset: Preset) -> dict[str, torch.Size]:
     presets.build_schedule(preset)
     try:
         with torch.device("meta"), _Unfilled():  # nothing is allocated, however wide the layers
-            first_stage, denoiser = (
-                presets.build_first_stage(preset),
-                presets.build_denoiser(preset),
-            )
+            parts = nn.ModuleDict({"first_stage": presets.build_first_stage(preset)})
+            parts["denoiser"] = presets.build_denoiser(preset)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"no model can be built from its preset ({error})") from None
-    parts = nn.ModuleDict({"first_stage": first_stage, "denoiser": denoiser})
     return {name: tensor.shape for name, tensor in parts.state_dict().items()}
 
 
-def _like(out: Tensor, image: Any) -> Any:
-    """Return `out` (3, H, W) as the kind that `image` is."""
+def _like(out: Tensor, image: Any, alpha: Tensor | None) -> Any:
+    """Return `out` (3, H, W) as the kind that `image` is, with its alpha (1, h, w) enlarged."""
+    from arbscale.data.images import resize_alpha
+
     if isinstance(image, Tensor):
         return out.to(image.device)
+    if alpha is not None:
+        out = torch.cat([out, resize_alpha(alpha, out.shape[-2:])])
     array = out.permute(1, 2, 0).contiguous().numpy()
     if type(image).__module__ == "numpy":
         return array

@@ -8,6 +8,7 @@ before it is used.
 from __future__ import annotations
 
 import contextlib
+import dis
 import hashlib
 import itertools
 import json
@@ -27,6 +28,39 @@ FORMAT = 1  # of the manifest and of the files beside it
 SHARD_BYTES = 15_000_000
 SHIPPED = (Path(__file__).parent / "shipped", Path(__file__).parent.parent / "data")
 """Where trained weights are: inside an installed package, or beside it in a checkout."""
+
+
+class InputError(ValueError):
+    """What was given cannot be used: files, names or numbers. The message says which, and why."""
+
+
+STRAY = (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Raise InputError with the path where a file does not hold what its reader takes."""
+    try:
+        yield
+    except (ValueError, SafetensorError, *STRAY) as error:
+        if deliberate(error):
+            raise
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is damaged, or written by something else ({why})") from error
+
+
+def deliberate(error: BaseException) -> bool:
+    """Return whether a `raise` of this package raised the error, so that its text is for users.
+
+    Otherwise it comes out of a library, a built-in function or an operator: a bug, or a file that
+    does not hold what its reader takes.
+    """
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    frame = trace.tb_frame
+    ours = frame.f_globals.get("__package__", "").split(".")[0] == __package__
+    return ours and dis.opname[frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
 def shipped() -> list[str]:
@@ -199,6 +233,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise OSError where a file cannot be written at `path`: before hours of work, not after."""
+    path = Path(path)
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file")
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is a file; {path} cannot lie below it")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{parent} is read-only; name another output than {path}")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -3,9 +3,10 @@
 #   data/train.sh photos             one CPU thread, an hour
 #   PROCESSES=2 data/train.sh cats   the denoiser in that many processes, on as many cores or GPUs
 #   SCALE=2 data/train.sh cats       that many times the steps
-# ARBSCALE_DATA names the folder of the data: afhq_cats256, the cats of AFHQ at 256 px, or sr, any
-# photographs. ARBSCALE_WEIGHTS names the folder of published weights: taesd, for cats, and
-# AlexNet's, for LPIPS. Rerun the same command to resume a stopped run.
+# ARBSCALE_DATA names the folder of the data: afhq_cats (`python -m arbscale download afhq`; a copy
+# at 256 px, afhq_cats256, loads faster), or sr, any photographs. ARBSCALE_WEIGHTS names the folder
+# of published weights: taesd (`python -m arbscale download taesd`), for cats, and AlexNet's, for
+# LPIPS. Rerun the same command to resume a stopped run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 family=${1:?name a family: cats or photos} scale=${SCALE:-1}
@@ -21,7 +22,8 @@ train() { # FOLDER OPTIONS: some stages, from which FOLDER gets the weights
 
 case $family in
   cats)
-    data=(--data afhq_cats256 --whole)
+    data=(--data afhq_cats --whole) # of any size from 256 px on
+    if [ -d "$ARBSCALE_DATA/afhq_cats256" ]; then data=(--data afhq_cats256 --whole); fi
     teacher=${ARBSCALE_WEIGHTS:?name the folder of taesd/taesd_encoder.safetensors}
     teacher=$teacher/taesd/taesd_encoder.safetensors
     train runs/cats-first "${data[@]}" --teacher "$teacher" --steps 0 $((7000 * scale)) 0 0
@@ -30,7 +32,7 @@ case $family in
       --steps 0 0 $((47000 * scale)) 0
     launch=("$python" -m)
     train runs/cats-student --start runs/cats-denoiser "${data[@]}" --teacher "$teacher" \
-      --preset.tiny-channels 48 --steps $((8000 * scale)) 0 0 0
+      --preset.tiny-channels 40 --steps $((8000 * scale)) 0 0 0
     train data/cats --start runs/cats-student "${data[@]}" --sample-every 0 --steps 0 0 0 200
     ;;
   photos)

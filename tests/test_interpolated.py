@@ -34,13 +34,17 @@ def oracle(head: InterpolatedLIIF, feature: torch.Tensor, size, window=None) -> 
     state = {name: tensor.double().numpy() for name, tensor in head.state_dict().items()}
     f, r = feature.double().numpy(), head.finer
     (height, width), (h, w) = size, f.shape[1:]
-    first = state["first.weight"][:, :, 0, 0]  # (hidden * r * r, C), r * r outputs side by side
+    first = state["first.weight"]  # (hidden * r * r, C, 3, 3), r * r outputs side by side
     table = np.zeros((h * r, w * r, len(first) // r**2))
     for y in range(h * r):
         for x in range(w * r):
-            part = (y % r) * r + x % r
-            out = first @ f[:, y // r, x // r] + state["first.bias"]
-            table[y, x] = out[part :: r**2]
+            out = state["first.bias"].copy()
+            for i in range(3):
+                for j in range(3):
+                    row = min(max(y // r + i - 1, 0), h - 1)
+                    col = min(max(x // r + j - 1, 0), w - 1)
+                    out += first[:, :, i, j] @ f[:, row, col]
+            table[y, x] = out[(y % r) * r + x % r :: r**2]
     top, left, rows, cols = window or (0, 0, height, width)
     image = np.zeros((3, rows, cols))
     for row in range(rows):

@@ -177,7 +177,25 @@ def test_pil_pictures_stay_pil_pictures(upscaler, mode):
     pixels = ((picture(9, 7) + 1) * 127).permute(1, 2, 0).byte().numpy()
     out = upscaler.upscale(Image.fromarray(pixels).convert(mode), scale=2, steps=1)
     assert isinstance(out, Image.Image)
-    assert (out.mode, out.size) == ("RGB", (14, 18))
+    assert (out.mode, out.size) == ("RGBA" if mode.endswith("A") else "RGB", (14, 18))
+
+
+def test_a_pil_picture_is_turned_upright(upscaler):
+    pixels = ((picture(9, 7) + 1) * 127).permute(1, 2, 0).byte().numpy()
+    on_its_side = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 0, 2)[::-1]))
+    on_its_side.getexif()[0x0112] = 6
+    expected = upscaler.upscale(pixels, scale=2, steps=1)
+    assert np.array_equal(np.array(upscaler.upscale(on_its_side, scale=2, steps=1)), expected)
+
+
+def test_transparency_is_enlarged(upscaler):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    pixels[..., 3] = np.linspace(1, 255, 63).reshape(9, 7)
+    out = upscaler.upscale(Image.fromarray(pixels), scale=2, steps=1)
+    expected = Image.fromarray(pixels[..., 3]).resize((14, 18), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.array(out)[..., 3], np.array(expected))
+    opaque = upscaler.upscale(pixels[..., :3], scale=2, steps=1)
+    assert np.array_equal(np.array(out)[..., :3], opaque)
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (9, 7, 3), (9, 7, 4), (9, 7, 1)], ids=str)
@@ -185,7 +203,7 @@ def test_arrays_stay_arrays(upscaler, shape):
     array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     out = upscaler.upscale(array, scale=2, steps=1)
     assert isinstance(out, np.ndarray)
-    assert (out.dtype, out.shape) == (np.uint8, (18, 14, 3))
+    assert (out.dtype, out.shape) == (np.uint8, (18, 14, 4 if shape[2:] == (4,) else 3))
 
 
 def test_tensors_stay_tensors(upscaler):

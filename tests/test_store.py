@@ -485,3 +485,39 @@ def test_a_content_key_depends_on_facts_and_weights():
     assert len(keys) == 15
     assert store.content_key(torch.zeros(2, dtype=torch.bfloat16)) != store.content_key(2)
     assert store.content_key({"a": 1, "b": 2}) == store.content_key({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize(
+    ("package", "code", "deliberate"),
+    [
+        ("arbscale", "raise ValueError('no such name')", True),
+        ("arbscale.data", "raise RuntimeError('stopped')", True),
+        ("arbscale", "int('x')", False),
+        ("arbscale", "{}['none']", False),
+        ("numpy", "raise ValueError('shapes')", False),
+    ],
+)
+def test_an_error_is_deliberate_where_the_package_raises_it(package, code, deliberate):
+    with pytest.raises((ValueError, RuntimeError, KeyError)) as found:
+        exec(code, {"__package__": package})
+    assert store.deliberate(found.value) is deliberate
+
+
+def test_reading_names_the_file_unless_the_reader_has_said_why():
+    for code in ("1 / 0", "{}['a']", "[][0]", "None + 1", "10.0 ** 999", "int('x')", "None.x"):
+        with pytest.raises(store.InputError, match=r"a\.json"), store.reading("a.json"):
+            exec(code, {"__package__": "arbscale"})
+    with pytest.raises(ValueError, match=r"^the reader's own$"), store.reading("a.json"):
+        exec('raise ValueError("the reader\'s own")', {"__package__": "arbscale"})
+    with pytest.raises(FileNotFoundError), store.reading("a.json"):
+        open("/none/a.json")
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").touch()
+    store.check_writable(tmp_path / "new" / "folder" / "a.png")
+    store.check_writable(tmp_path / "file")
+    for path in (tmp_path, tmp_path / "file" / "a.png", tmp_path / "file" / "b" / "a.png"):
+        with pytest.raises(OSError):
+            store.check_writable(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

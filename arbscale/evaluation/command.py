@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from arbscale import evaluation
+from arbscale import evaluation, store
 from arbscale.coords import Size
 from arbscale.evaluation import Partial, ablation, get_protocol, reports, sets
 from arbscale.evaluation import bench as benchmark
@@ -71,7 +71,7 @@ def evaluate(options: Annotated[Options, arg(name="")]) -> None:
         report, partial = run(options, model, task)
     except KeyboardInterrupt:
         hint = "rerun the same command" if options.output else "next time, add -o"
-        raise RuntimeError(f"stopped; {hint} to resume") from None
+        raise KeyboardInterrupt(f"stopped; {hint} to resume") from None
     report["timing"] = {"seconds": round(time.perf_counter() - started, 3)}
     _report(report, options.output)
     partial.finish()
@@ -146,6 +146,8 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
 def _check_output(path: Path | None) -> None:
     if path and (path.is_dir() or path.suffix.lower() != ".json"):
         raise ValueError(f"{path}: name a JSON file, such as results/{path.stem or 'scores'}.json")
+    if path:
+        store.check_writable(path)
 
 
 def _report(report: dict, output: Path | None) -> None:
@@ -240,4 +242,7 @@ def ablate(
     """
     _check_output(output)
     settings = ablation.Settings(compare, seeds, steps, pool, number, features)
-    _report(ablation.ablate(settings, ablation.open_folder(folder)), output)
+    try:
+        _report(ablation.ablate(settings, ablation.open_folder(folder)), output)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; rerun the same command to resume") from None

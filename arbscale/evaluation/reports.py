@@ -97,9 +97,14 @@ def document(paths: Iterable[Path]) -> str:
         files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
     files = [x for x in files if x.name != store.MANIFEST and x.parent.name != UNALIGNED]
     sections: dict[str, list[str]] = {}
-    for report in sorted(map(read_with_unaligned, files), key=lambda x: x["task"] == "ablate"):
-        name = COMPARED if report["task"] == "ablate" else report["model"]
-        sections.setdefault(name, [f"## {name}"]).append(table(report))
+    tables: list[tuple[str, str]] = []
+    for path in files:
+        with store.reading(path):
+            report = read_with_unaligned(path)
+            name = COMPARED if report["task"] == "ablate" else str(report["model"])
+            tables.append((name, table(report)))
+    for name, text in sorted(tables, key=lambda x: x[0] == COMPARED):
+        sections.setdefault(name, [f"## {name}"]).append(text)
     return "\n\n".join([TITLE, *(part for parts in sections.values() for part in parts)])
 
 

@@ -18,6 +18,7 @@ from arbscale import compat, presets, store
 from arbscale.autoencoder import TinyEncoder
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset
+from arbscale.samplers import Sampling
 from arbscale.training import checkpoints, denoiser, first_stage, sources
 from arbscale.training.loop import Run
 from arbscale.training.processes import process_state
@@ -63,6 +64,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range by ValueError."""
+        Sampling(seed=self.seed)  # refuses a seed that no generator takes
         if min(self.steps) < 0:
             raise ValueError(f"steps are at least 0, got {self.steps}")
         if self.pool is not None and self.pool < 2:
@@ -180,7 +182,8 @@ def _fit(module: torch.nn.Module, state: dict[str, torch.Tensor], origin: str | 
 def _teacher(options: TrainOptions) -> TinyEncoder:
     if options.preset.encoder != "tiny":
         raise ValueError(f"only a tiny encoder has a teacher; {options.preset.name} has none")
-    return compat.tiny_encoder(load_file(options.teacher))
+    with store.reading(options.teacher):
+        return compat.tiny_encoder(load_file(options.teacher))
 
 
 def _source(options: TrainOptions) -> sources.Source:
@@ -208,8 +211,9 @@ def _claim(folder: Path, options: TrainOptions) -> None:
                 f"{folder} already holds a run; add --resume, or name another --folder"
             )
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))["options"]
-            before, kept = ({k: x.get(k) for k in KEPT} for x in (before, now))
+            with store.reading(path):
+                before = json.loads(path.read_text(encoding="utf-8"))["options"]
+                before, kept = ({k: x.get(k) for k in KEPT} for x in (before, now))
             checkpoints.compare(folder, before, kept)
     config = {"command": _command(), "options": now, "python": platform.python_version()}
     store.write_text(path, json.dumps({**config, "torch": torch.__version__}, indent=2) + "\n")

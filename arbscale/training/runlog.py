@@ -54,8 +54,8 @@ class RunLog:
 
         sheet = contact_sheet(images, columns=2, box=200)  # they come in pairs
         path = self.folder / "samples" / f"{self.stage}-{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        sheet.save(path)
+        with store.replacing(path) as draft:
+            sheet.save(draft)
         self.board.add_image(f"{self.stage}/samples", pil_to_tensor(sheet), step)
 
     def summary(self, **values: object) -> None:
@@ -87,4 +87,5 @@ def read_log(folder: Path) -> list[dict]:
 def read_summary(folder: Path) -> dict:
     """Return what each finished stage of a run noted."""
     path = Path(folder) / SUMMARY
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    with store.reading(path):
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
