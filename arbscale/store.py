@@ -104,18 +104,21 @@ def save(folder: str | Path, state: dict[str, Tensor], manifest: dict, half: boo
             with replacing(path) as draft:
                 save_file(shard, draft)
             files[-1] |= {"sha256": sha256(path), "bytes": path.stat().st_size}
+            for same in (other for other in old if sha256(other) == files[-1]["sha256"]):
+                path.unlink(missing_ok=True)  # a model saved again keeps the names of its files
+                files[-1]["name"] = same.name
         text = json.dumps({"format": FORMAT, **manifest, "files": files}, indent=2) + "\n"
         write_text(folder / MANIFEST, text)
     except BaseException as error:
         path = folder / MANIFEST
         if not path.is_file() or path.read_text(encoding="utf-8") != text:  # not in place already
-            for entry in files:
-                (folder / entry["name"]).unlink(missing_ok=True)
+            for name in {entry["name"] for entry in files} - taken:
+                (folder / name).unlink(missing_ok=True)
         if isinstance(error, SafetensorError):
             raise OSError(f"the weights in {folder} could not be written ({error})") from error
         raise
-    for path in old:
-        path.unlink(missing_ok=True)
+    for name in taken - {entry["name"] for entry in files}:
+        (folder / name).unlink(missing_ok=True)
 
 
 def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
