@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -16,6 +17,7 @@ from tyro.conf import Positional, arg
 
 from arbscale import compat, store
 from arbscale.coords import Size, check_size, scaled_size
+from arbscale.data import output as output_files
 from arbscale.evaluation.command import ablate, bench, evaluate, table
 from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.samplers import Sampling
@@ -25,8 +27,31 @@ MAX_SIDE = 100_000  # pixels
 BATCH, BATCH_PIXELS = 16, 4_000_000  # generated at a time, at most
 Output = Annotated[Path, arg(aliases=["-o"], help="an image file")]
 Model = Annotated[str, arg(help="name or folder")]
+Quality = Annotated[int, arg(help="of JPEG, WebP and AVIF, 1 to 100")]
 Drawn = Annotated[Sampling, arg(name="")]
 USUAL, SHORT = Sampling(), Sampling(steps=5)
+
+
+def _edge(words: list[str]) -> int | Size:
+    """Read "256" as an integer and "75x100" as a Size."""
+    numbers = [int(n) for n in words[0].lower().split("x")]
+    size = _check_size(check_size(numbers[0] if len(numbers) == 1 else tuple(numbers)))
+    return numbers[0] if len(numbers) == 1 else size
+
+
+def _spec(read: Callable[[list[str]], Any]) -> tyro.constructors.PrimitiveConstructorSpec:
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SIZE",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int | tuple),
+        str_from_instance=lambda size: [
+            str(size) if isinstance(size, int) else "{}x{}".format(*size)
+        ],
+    )
+
+
+Edge = Annotated[int | Size, _spec(_edge)]
 
 
 def demo(output: Output = Path("outputs/demo.png"), seed: int = 34) -> None:
@@ -59,13 +84,14 @@ def generate(
     number: Annotated[int, arg(aliases=["-n"], help="of images")] = 1,
     size: Annotated[Size, arg(help="256, or 75x100 (height x width)")] = (256, 256),
     sheet: Annotated[bool, arg(help="write all on one sheet")] = False,
+    quality: Quality = output_files.QUALITY,
     sampling: Drawn = USUAL,
 ) -> None:
     """Generate images from noise at any size; several are numbered."""
     from arbscale.data import to_pil
     from arbscale.viz import contact_sheet
 
-    _check_output(output, size)
+    _check_output(output, size, quality)
     if number < 1:
         raise ValueError(f"--number is at least 1, got {number}")
     if sheet:
@@ -89,12 +115,12 @@ def generate(
                     items.append((image, f"{i}"))
                 else:
                     stem = output.stem + (f"-{i:0{digits}d}" if number > 1 else "")
-                    _write(to_pil(image), output.with_stem(stem))
+                    _write(to_pil(image), output.with_stem(stem), quality)
             if first == 0 and number > batch:
                 minutes = (time.perf_counter() - started) * (number / batch - 1) / 60
                 print(f"about {minutes:.0f} minutes to go")
     if sheet:
-        _write(contact_sheet(items, columns=4, box=max(size)), output)
+        _write(contact_sheet(items, columns=4, box=max(size)), output, quality)
 
 
 def upscale(
@@ -103,22 +129,31 @@ def upscale(
     output: Output,
     model: Model = "photos",
     scale: Annotated[float | None, arg(help="a positive number such as 3.7")] = None,
-    size: Annotated[Size | None, arg(help="1080, or 1080x1920 (height x width)")] = None,
+    size: Annotated[
+        Edge | None, arg(help="480x640 (height x width), or the longer side alone: 640")
+    ] = None,
+    quality: Quality = output_files.QUALITY,
     sampling: Drawn = SHORT,
 ) -> None:
     """Enlarge an image by any factor or to any size: give --scale or --size."""
-    from arbscale.data import load_image, to_pil
+    from arbscale.data.images import open_image, to_upright
 
     if (scale is None) == (size is None):
         raise ValueError("give either --scale, such as 3.7, or --size, such as 480x640")
-    _check_output(output)
-    low = to_pil(load_image(image))
+    _check_output(output, quality=quality)
+    with open_image(image) as opened:
+        low, notes = to_upright(opened)
+        exif = output_files.kept_exif(opened)
+    if isinstance(size, int):
+        scale, size = size / max(low.size), None
     size = size or scaled_size((low.height, low.width), scale)
-    _check_output(output, size)
+    _check_output(output, size, quality)
+    if notes:
+        print(f"{image}: {'; '.join(notes)}")
     loaded = ArbitraryScaleModel.load(model).to(pick_device())
     with tqdm(unit="step") as bar:
         large = loaded.upscale(low, size=size, **vars(sampling), progress=_shown_by(bar))
-    _write(large, output)
+    _write(large, output, quality, exif)
 
 
 def train(words: Positional[tuple[str, ...]]) -> None:
@@ -185,14 +220,9 @@ def _shown_by(bar: tqdm) -> Any:
     return progress
 
 
-def _check_output(path: Path, size: Size = (1, 1)) -> None:
+def _check_output(path: Path, size: Size = (1, 1), quality: int = output_files.QUALITY) -> None:
     """Refuse what cannot be written before anything is computed."""
-    from PIL import Image
-
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{path}: name an image file, such as {path.stem or 'out'}.png")
-    store.check_writable(path)
-    _check_size(size)
+    output_files.check_output(path, _check_size(size), quality)
 
 
 def _check_size(size: Size) -> Size:
@@ -205,9 +235,8 @@ def _check_size(size: Size) -> Size:
     return size
 
 
-def _write(image: Any, path: Path) -> None:
-    with store.replacing(path) as draft:
-        image.save(draft)
+def _write(image: Any, path: Path, quality: int = output_files.QUALITY, exif: bytes = b"") -> None:
+    output_files.write_image(image, path, quality, exif)
     print(f"wrote {path} ({image.height} x {image.width})")
 
 
@@ -219,18 +248,7 @@ def _size(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
     """Read a Size as "256" or "75x100" (height x width)."""
     if (get_origin(info.type), get_args(info.type)) != (tuple, (int, int)):
         return None
-
-    def read(words: list[str]) -> Size:
-        numbers = [int(n) for n in words[0].lower().split("x")]
-        return _check_size(check_size(numbers[0] if len(numbers) == 1 else tuple(numbers)))
-
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="SIZE",
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, tuple) and len(value) == 2,
-        str_from_instance=lambda size: ["x".join(map(str, size))],
-    )
+    return _spec(lambda words: check_size(_edge(words)))
 
 
 COMMANDS = (

@@ -170,6 +170,8 @@ def _first_stage_fields(config: dict) -> dict:
 
 def _unet_fields(u: dict) -> dict:
     """Return the preset's fields of a U-Net, whose `attention_resolutions` are factors."""
+    if u.get("num_head_channels", -1) < 1:
+        raise ValueError("the U-Net's config must give num_head_channels, the width of a head")
     return {
         "unet_channels": u["model_channels"],
         "unet_multipliers": tuple(u["channel_mult"]),
@@ -177,7 +179,7 @@ def _unet_fields(u: dict) -> dict:
         "unet_attention_levels": tuple(
             i for i in range(len(u["channel_mult"])) if 2**i in u["attention_resolutions"]
         ),
-        "head_channels": u.get("num_head_channels", -1),
+        "head_channels": u["num_head_channels"],
     }
 
 
@@ -245,8 +247,6 @@ def unet_from_reference(config: dict, state: State) -> UNet:
     for option in (*options, "use_new_attention_order"):
         if u.get(option):
             raise ValueError(f"{option} is not supported; this reader takes plain attention U-Nets")
-    if u.get("num_head_channels", -1) < 1:
-        raise ValueError("the U-Net's config must give num_head_channels, the width of a head")
     unet = UNet(u["out_channels"], u["in_channels"] - u["out_channels"], *_unet_fields(u).values())
     return _load(unet, _unet_pairs(unet), _under(state, UNET))
 

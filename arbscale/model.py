@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from arbscale import presets, store
 from arbscale.coords import Size, Window, check_size, scaled_size
 from arbscale.diffusion import Denoiser
 from arbscale.presets import Preset
 from arbscale.samplers import Callback, Sampling
-from arbscale.tiles import Tile, blended, noise_field, paint, tiles
+from arbscale.tiles import Tile, as_floats, blended, noise_field, paint, tiles
 
 Progress = Callable[[int, int], None]
 """`progress(done, total)` after each denoising step of the whole job."""
@@ -32,6 +33,9 @@ def pick_device() -> torch.device:
 
 class ArbitraryScaleModel(nn.Module):
     """First stage, denoiser and schedule, built from a preset; untrained until loaded or trained.
+
+    It computes in float32. Its methods run without autograd; its parts are differentiable, as the
+    alignment of the denoiser with the decoder needs.
 
     Attributes
     ----------
@@ -52,13 +56,18 @@ class ArbitraryScaleModel(nn.Module):
         self.first_stage = presets.build_first_stage(preset)
         self.denoiser = presets.build_denoiser(preset)
         self.schedule = presets.build_schedule(preset)
-        self.scale_factor = scale_factor
+        self.scale_factor = _positive(scale_factor)
         self.manifest = manifest or {}
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    def _check_precision(self) -> None:
+        """Raise ValueError unless all weights are float32."""
+        if other := {p.dtype for p in self.parameters()} - {torch.float32}:
+            raise ValueError(f"a model computes in float32, got {other.pop()}; call model.float()")
 
     @torch.no_grad()
     def generate(
@@ -100,6 +109,7 @@ class ArbitraryScaleModel(nn.Module):
         """
         if self.preset.low_size:
             raise RuntimeError(f"{self.preset.name} is a super-resolution model; call upscale")
+        self._check_precision()
         if n < 1:
             raise ValueError(f"n is the number of images, at least 1, got {n}")
         sampling = Sampling(steps, sampler, seed)
@@ -129,8 +139,8 @@ class ArbitraryScaleModel(nn.Module):
         Parameters
         ----------
         image
-            PIL image, uint8 array (H, W, 3) or (H, W), or float tensor (3, H, W) or (B, 3, H, W)
-            in [-1, 1].
+            PIL image (turned upright and converted to sRGB as `data.pixels` says), uint8 array
+            (H, W), (H, W, 3) or (H, W, 4), or float tensor (3, H, W) or (B, 3, H, W) in [-1, 1].
         scale, size
             One of the two: a positive factor, or the output's (height, width).
         seed, steps, sampler
@@ -143,16 +153,21 @@ class ArbitraryScaleModel(nn.Module):
         Returns
         -------
         Any
-            The kind it was given: PIL image (RGB), uint8 array (H', W', 3), or tensor in [-1, 1].
+            The kind it was given: PIL image (RGB), uint8 array (H', W', 3), or tensor in [-1, 1];
+            RGBA or (H', W', 4) with the transparency enlarged, too, where there is any.
 
         """
-        from arbscale.data import to_tensor
+        from arbscale.data.images import open_upright, to_tensor
+        from arbscale.data.pixels import fill_clear
 
         if not self.preset.low_size:
             raise RuntimeError(f"{self.preset.name} is a generator; load a super-resolution model")
+        self._check_precision()
         sampling = Sampling(steps, sampler, seed)
         if isinstance(image, Tensor) and image.ndim == 4:
             n = len(image)
+            if not n:
+                raise ValueError(f"a batch holds at least one image, got {tuple(image.shape)}")
             inner = [
                 progress and (lambda done, total, i=i: progress(i * total + done, n * total))
                 for i in range(n)
@@ -160,7 +175,9 @@ class ArbitraryScaleModel(nn.Module):
             options = scale, size, seed, steps, sampler, tile
             pairs = zip(image, inner, strict=True)
             return torch.stack([self.upscale(one, *options, report) for one, report in pairs])
-        low = to_tensor(image)  # (3, h, w)
+        low, alpha = (image, None) if isinstance(image, Tensor) else open_upright(image)[:2]
+        low = to_tensor(fill_clear(low, alpha))  # (3, h, w)
+        low = low.cpu() if low.device.type == "mps" else low  # which lacks antialiased resampling
         if (scale is None) == (size is None):
             raise ValueError("give either scale, such as 3.7, or size, such as (480, 640)")
         size = scaled_size(low.shape[-2:], scale) if size is None else check_size(size)
@@ -169,7 +186,7 @@ class ArbitraryScaleModel(nn.Module):
         keep_float = isinstance(image, Tensor) and image.is_floating_point()
         dtype = torch.float32 if keep_float else torch.uint8
         latents = ((span, z[span.latent(self.zoom)]) for span in spans)
-        return _like(self.paint(low, size, latents, dtype), image)
+        return _like(self.paint(low, size, latents, dtype), image, alpha)
 
     def tiles(self, size: Size, side: int | None = None) -> list[Tile]:
         """Cut an input of `size` into tiles; `side` in its pixels, by default twice `low_size`."""
@@ -189,13 +206,13 @@ class ArbitraryScaleModel(nn.Module):
         for span in spans:
             place = span.latent(self.zoom)
             grid = tuple(part.stop - part.start for part in place[1:])
-            condition = self.condition(span.cut(low)[None].to(self.device), grid)
+            condition = self.condition(as_floats(span.cut(low))[None].to(self.device), grid)
             denoisers.append((place, self.denoise(condition)))
         done, total = itertools.count(1), sampling.steps * len(spans)
         denoise = blended(denoisers, progress and (lambda: progress(next(done), total)))
         size = tuple(max(place[axis].stop for place, _ in denoisers) for axis in (1, 2))
         noise = noise_field(sampling.seed, self.preset.latent_channels, (0, 0), size)[None]
-        return self._sample(denoise, noise, sampling, sampling.generator())
+        return self._sample(denoise, noise, sampling, sampling.generator("injected noise"))
 
     def paint(
         self,
@@ -207,18 +224,22 @@ class ArbitraryScaleModel(nn.Module):
         """Decode tiles' latents into one image that agrees with `low`; see `tiles.paint`."""
         return paint(self.first_stage, low, size, latents, dtype)
 
+    @torch.no_grad()
     def condition(self, low: Tensor, grid: Size | None = None) -> Tensor:
         """Turn low-resolution images (B, 3, h, w) in [-1, 1] into scaled latents (B, c, h', w').
 
         Enlarged by nearest neighbour to the encoder's input size and encoded, as in the released
         code; `grid` is (h', w'), by default (h, w) times `zoom`.
         """
+        self._check_precision()
         grid = grid or tuple(max(1, round(n * self.zoom)) for n in low.shape[-2:])
         enlarged = F.interpolate(low, size=[n * self.preset.factor for n in grid], mode="nearest")
         return self.first_stage.encode(enlarged) * self.scale_factor
 
+    @torch.no_grad()
     def decode(self, z: Tensor, size: int | Size, window: Window | None = None) -> Tensor:
         """Unscaled latents (B, c, h, w) -> images (B, 3, H, W) in [-1, 1], or a window."""
+        self._check_precision()
         return self.first_stage.decode(z, size, window).clamp(-1, 1)
 
     def latent_grid(self, size: Size) -> Size:
@@ -257,7 +278,7 @@ class ArbitraryScaleModel(nn.Module):
 
     def save(self, path: str | Path, half: bool = False) -> None:
         """Write weights and manifest into the folder `path`; `half` stores float16."""
-        numbers = {"preset": self.preset.to_dict(), "scale_factor": self.scale_factor}
+        numbers = {"preset": self.preset.to_dict(), "scale_factor": _positive(self.scale_factor)}
         store.save(path, self.state_dict(), {**self.manifest, **numbers}, half)
 
     @classmethod
@@ -268,24 +289,58 @@ class ArbitraryScaleModel(nn.Module):
         """
         folder = store.find(name_or_path)
         state, manifest = store.load(folder)
-        scale_factor = manifest.get("scale_factor")
-        if not isinstance(scale_factor, float) or not scale_factor > 0:
-            raise ValueError(f"the manifest in {folder} has no positive scale_factor")
-        model = cls(Preset.from_dict(manifest["preset"]), scale_factor, manifest)
         try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            fault = str(error).splitlines()[-1].strip()
+            scale_factor = _positive(manifest.get("scale_factor"))
+            preset = Preset.from_dict(manifest["preset"])
+            wanted = _shapes(preset)
+        except ValueError as error:
+            raise ValueError(f"the manifest in {folder}: {error}") from None
+        found = {name: tensor.shape for name, tensor in state.items()}
+        if misfits := sorted(dict(wanted.items() ^ found.items())):
             raise ValueError(
-                f"the weights in {folder} do not fit the preset in its manifest: {fault}"
-            ) from None
-        return model.eval()
+                f"the weights in {folder} do not fit the preset in its manifest: {misfits[0]} and "
+                f"{len(misfits) - 1} more"
+            )
+        model = cls(preset, scale_factor, manifest)
+        model.load_state_dict(state)
+        return model.eval().requires_grad_(False)
 
 
-def _like(out: Tensor, image: Any) -> Any:
-    """Return `out` (3, H, W) as the kind that `image` is."""
+def _positive(scale_factor: Any) -> float:
+    """Return the scale factor; ValueError unless it is positive and finite."""
+    if type(scale_factor) not in (int, float) or not 0 < scale_factor < 1e30:
+        raise ValueError(f"scale_factor is positive and finite, got {scale_factor!r}")
+    return float(scale_factor)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leave tensors as they are where modules draw them at random."""
+
+    def __torch_function__(self, func: Any, _: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        """Skip what takes seconds on the meta device: an import of 900 modules."""
+        return args[0] if func == Tensor.normal_ else func(*args, **(kwargs or {}))
+
+
+def _shapes(preset: Preset) -> dict[str, torch.Size]:
+    """Return the shapes of a model's tensors; ValueError for a preset that no model can have."""
+    presets.build_schedule(preset)
+    try:
+        with torch.device("meta"), _Unfilled():  # nothing is allocated, however wide the layers
+            parts = nn.ModuleDict({"first_stage": presets.build_first_stage(preset)})
+            parts["denoiser"] = presets.build_denoiser(preset)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"no model can be built from its preset ({error})") from None
+    return {name: tensor.shape for name, tensor in parts.state_dict().items()}
+
+
+def _like(out: Tensor, image: Any, alpha: Tensor | None) -> Any:
+    """Return `out` (3, H, W) as the kind that `image` is, with its alpha (1, h, w) enlarged."""
+    from arbscale.data.images import resize_alpha
+
     if isinstance(image, Tensor):
         return out.to(image.device)
+    if alpha is not None:
+        out = torch.cat([out, resize_alpha(alpha, out.shape[-2:])])
     array = out.permute(1, 2, 0).contiguous().numpy()
     if type(image).__module__ == "numpy":
         return array

@@ -19,9 +19,9 @@ from arbscale.liif import LIIF, InterpolatedLIIF
 from arbscale.transformer import LatentTransformer, TransformerDenoiser
 from arbscale.unet import UNet
 
-ENCODERS = ("residual", "tiny")
-HEADS = ("liif", "interpolated")
+ENCODERS, HEADS = ("residual", "tiny"), ("liif", "interpolated")
 DENOISERS = ("unet", "unet_transformer", "transformer")
+MOST, MOST_LAYERS = 1_000_000, 32  # the largest number in a preset; of levels, blocks and layers
 
 
 @dataclass(frozen=True)
@@ -85,25 +85,21 @@ class Preset:
 
     def __post_init__(self) -> None:
         """Refuse what no model can be trained with; ValueError says why."""
+        for field in fields(self):
+            _check(field.name, str(field.type), getattr(self, field.name))
         parts = {"denoiser": DENOISERS, "encoder": ENCODERS, "head": HEADS}
         for field, known in (parts | {"prediction": ("eps", "v")}).items():
             if getattr(self, field) not in known:
-                raise ValueError(
-                    f"{field} is one of {', '.join(known)}, got {getattr(self, field)!r}"
-                )
-        if min(self.merge, self.transformer_blocks) < 1:
-            raise ValueError(
-                "merge and transformer_blocks are at least 1, got "
-                f"{self.merge} and {self.transformer_blocks}"
-            )
+                found = getattr(self, field)
+                raise ValueError(f"{field} is one of {', '.join(known)}, got {found!r}")
+        if not self.latent_size:
+            raise ValueError(f"image_size is at least {self.factor} px, got {self.image_size}")
         low, high = self.target_sizes
-        if not 1 <= low <= high:
+        if low > high:
             raise ValueError(f"target_sizes are a smallest and a largest side, got {low}, {high}")
         if self.lpips_weight and min(self.crop, low, self.image_size) < 32:
-            raise ValueError(
-                "LPIPS takes crop, image_size and target_sizes of at least 32 px, got "
-                f"{self.crop}, {self.image_size} and {self.target_sizes}"
-            )
+            sides = self.crop, self.image_size, self.target_sizes
+            raise ValueError(f"LPIPS takes crop, image_size, target_sizes from 32 px, got {sides}")
 
     @property
     def factor(self) -> int:
@@ -122,10 +118,30 @@ class Preset:
     @classmethod
     def from_dict(cls, values: dict) -> Preset:
         """Read what `to_dict` wrote, by default for missing fields; ValueError on unknown ones."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"the preset has unknown fields {unknown}; update arbscale")
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+            raise ValueError(f"a preset is a dictionary of fields with a name, got {values!r:.100}")
+        if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
+            raise ValueError(f"the preset has newer fields {unknown}; update arbscale")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _check(name: str, kind: str, value: Any) -> None:
+    """Raise ValueError unless a field's value is of its kind and in its range."""
+    most = MOST_LAYERS if name.endswith("blocks") else MOST
+    least: float = 0 if kind == "float" or name == "crop" or name.endswith("levels") else 1
+    least = 1e-6 if name == "noise_level" else least
+    if value is None or kind in ("str", "bool"):
+        good = "None" in kind if value is None else type(value).__name__ == kind
+    else:
+        numbers = value if kind.startswith("tuple") and type(value) is tuple else (value,)
+        kinds = (int, float) if kind == "float" else (int,)
+        good = all(type(n) in kinds and least <= n <= most for n in numbers)
+    if good and kind.startswith("tuple"):
+        fewest, longest = (2, 2) if name == "target_sizes" else ("mult" in name, MOST_LAYERS)
+        good = type(value) is tuple and fewest <= len(value) <= longest
+    if not good:
+        span = "" if kind in ("str", "bool") else f" from {least} to {most}"
+        raise ValueError(f"{name} is {kind}{span}, got {value!r:.100}")
 
 
 def tiny(low_size: int | None = None) -> Preset:

@@ -11,13 +11,14 @@ import contextlib
 import dis
 import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TextIO
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 1_000_000  # at most
+FORMAT = 1  # of the manifest and of the files beside it
 SHARD_BYTES = 15_000_000
 SHIPPED = (Path(__file__).parent / "shipped", Path(__file__).parent.parent / "data")
 """Where trained weights are: inside an installed package, or beside it in a checkout."""
@@ -86,32 +89,54 @@ def find(name_or_path: str | Path) -> Path:
 def save(folder: str | Path, state: dict[str, Tensor], manifest: dict, half: bool = False) -> None:
     """Write tensors, sharded to at most 15 MB a file, and then the manifest, which makes it valid.
 
-    `half` stores float16, half the size. `manifest` gets the list of files with their SHA-256.
+    `half` stores float16, half the size. `manifest` gets the list of files with their SHA-256. A
+    model that is there already stays whole until the new manifest takes its place, then its files
+    are removed. Raises ValueError for numbers that are not finite, OSError for what is not written.
     """
     folder = Path(folder)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for old in folder.glob("weights-*.safetensors"):
-        old.unlink()
-    files = []
-    for i, shard in enumerate(_shards(state, half)):
-        path = folder / f"weights-{i:05d}.safetensors"
-        with replacing(path) as draft:
-            save_file(shard, draft)
-        files.append({"name": path.name, "sha256": sha256(path), "bytes": path.stat().st_size})
-    text = json.dumps({"format": 1, **manifest, "files": files}, indent=2)
-    write_text(folder / MANIFEST, text + "\n")
+    old = sorted(folder.glob("weights-*.safetensors"))
+    taken = {path.name for path in old}
+    names = (f"weights-{i:05d}.safetensors" for i in itertools.count())
+    names = (name for name in names if name not in taken)
+    files: list[dict] = []
+    text = ""
+    try:
+        for shard, name in zip(_shards(state, half), names, strict=False):
+            path = folder / name
+            files.append({"name": name})
+            with replacing(path) as draft:
+                save_file(shard, draft)
+            files[-1] |= {"sha256": sha256(path), "bytes": path.stat().st_size}
+            for same in (other for other in old if sha256(other) == files[-1]["sha256"]):
+                path.unlink(missing_ok=True)  # a model saved again keeps the names of its files
+                files[-1]["name"] = same.name
+        text = json.dumps({"format": FORMAT, **manifest, "files": files}, indent=2) + "\n"
+        write_text(folder / MANIFEST, text)
+    except BaseException as error:
+        path = folder / MANIFEST
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:  # not in place already
+            for name in {entry["name"] for entry in files} - taken:
+                (folder / name).unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):
+            raise OSError(f"the weights in {folder} could not be written ({error})") from error
+        raise
+    for name in taken - {entry["name"] for entry in files}:
+        (folder / name).unlink(missing_ok=True)
 
 
 def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Return float32 tensors and the manifest.
 
-    Raises FileNotFoundError for a missing file, ValueError for a damaged or altered one.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged or altered one, one
+    outside the folder, and for tensors that are no weights: integers, complex or not finite.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     state: dict[str, Tensor] = {}
     for entry in manifest["files"]:
         path = folder / entry["name"]
+        if path.resolve().parent != folder.resolve():
+            raise ValueError(f"{path} is named in the manifest but lies in another folder")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is named in the manifest but missing; fetch it again")
         size = path.stat().st_size
@@ -119,21 +144,56 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
             raise ValueError(f"{path} has {size} bytes, not {entry['bytes']}; fetch it again")
         if sha256(path) != entry["sha256"]:
             raise ValueError(f"{path} does not have its manifest's SHA-256; fetch it again")
-        state |= load_file(path)
+        try:
+            shard = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file ({error})") from None
+        if twice := sorted(set(state) & set(shard)):
+            raise ValueError(f"{path} holds {twice[0]}, which another file holds already")
+        check_finite(shard, path)
+        state |= shard
     return {name: tensor.float() for name, tensor in state.items()}, manifest
+
+
+def check_finite(state: dict[str, Tensor], origin: str | Path) -> None:
+    """Raise ValueError unless all tensors are real floats and finite."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} in {origin} is {tensor.dtype}; weights are floats")
+        if not bool(tensor.float().isfinite().all()):
+            raise ValueError(f"{name} in {origin} holds NaN or infinity; train or fetch it again")
 
 
 def read_manifest(folder: str | Path) -> dict:
     """Return a model's manifest; ValueError if it is damaged or of a newer format."""
     path = Path(folder) / MANIFEST
-    try:
+    manifest: Any = None
+    if path.stat().st_size > MANIFEST_BYTES:
+        raise ValueError(f"{path} is over {MANIFEST_BYTES:,} bytes; a manifest is smaller")
+    with contextlib.suppress(ValueError, RecursionError):
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        complete = all({"name", "sha256", "bytes"} <= set(entry) for entry in manifest["files"])
-        if manifest["format"] == 1 and manifest["preset"] and manifest["files"] and complete:
-            return manifest
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(f"{path} is damaged or of another version; fetch or save the model again")
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} is damaged; fetch or save the model again")
+    version = manifest.get("format")
+    if type(version) is int and version > FORMAT:
+        raise ValueError(
+            f"{path} has format {version}, newer than {FORMAT}, which this version reads; update "
+            "arbscale"
+        )
+    files, preset = manifest.get("files"), manifest.get("preset")
+    sound = isinstance(files, list) and files and all(_is_entry(entry) for entry in files)
+    if version != FORMAT or not sound or not isinstance(preset, dict) or not preset:
+        raise ValueError(f"{path} is damaged; fetch or save the model again")
+    return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    """Tell whether a manifest's entry describes a file of the manifest's own folder."""
+    kinds = {"name": str, "sha256": str, "bytes": int}
+    if not isinstance(entry, dict) or any(type(entry.get(k)) is not t for k, t in kinds.items()):
+        return False
+    name = entry["name"]
+    return PurePosixPath(name).name == PureWindowsPath(name).name == name and "\0" not in name
 
 
 def _shards(state: dict[str, Tensor], half: bool) -> list[dict[str, Tensor]]:
@@ -146,6 +206,8 @@ def _shards(state: dict[str, Tensor], half: bool) -> list[dict[str, Tensor]]:
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
+    for shard in shards:
+        check_finite(shard, "float16" if half else "the model")
     return shards
 
 

@@ -2,12 +2,16 @@
 
 Tiles are cut in the input. What the denoiser says of them is blended at every step, from noise that
 does not depend on how the image is cut. Their decoded pixels are laid over those of the neighbours
-with a linear ramp across the overlap, after a correction that makes them agree with the input.
+with a linear ramp across the overlap. Then the image is corrected so that it agrees with the input:
+as a whole, because a tile's window of whole output pixels covers a slightly different area than the
+tile itself.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
@@ -70,6 +74,11 @@ class Tile:
         coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(-1, 2)
         window = (*starts, len(axes[0]), len(axes[1]))
         return window, coords.float(), torch.tensor(cells)
+
+
+def as_floats(image: Tensor) -> Tensor:
+    """Return an image of bytes as floats in [-1, 1], and floats as they are."""
+    return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image
 
 
 def tiles(size: Size, side: int, overlap: int) -> Iterator[Tile]:
@@ -175,12 +184,15 @@ def paint(
 ) -> Tensor:
     """Decode the latents of overlapping tiles into one image that agrees with `low`.
 
+    The image is decoded and back-projected from top to bottom; beside it, the memory holds as many
+    of its rows as a few tiles are high.
+
     Parameters
     ----------
     first_stage
-        Decodes.
+        Decodes, on its own device.
     low
-        The input (3, h, w) in [-1, 1], on the CPU.
+        The input (3, h, w): floats in [-1, 1], or uint8.
     size
         (height, width) of the image.
     latents
@@ -191,19 +203,49 @@ def paint(
     Returns
     -------
     Tensor
-        (3, height, width), in [-1, 1] or 8 bits.
+        (3, height, width), in [-1, 1] or 8 bits, on the device of `low`.
 
     """
-    out = torch.empty(3, *size, dtype=dtype)
-    for tile, z in latents:
-        window, coords, cells = tile.points(low.shape[-2:], size)
-        if window[2] and window[3]:
+    out = torch.empty(3, *size, dtype=dtype, device=low.device)
+    bands = _decoded(first_stage, low, size, latents)
+    if _enlarges(size, low.shape[-2:]):
+        bands = _back_projected(bands, low, size)
+    top = 0
+    for band in bands:
+        band = band.clamp(-1, 1)
+        place = out[:, top : top + band.shape[1]]
+        place.copy_(((band + 1) * 127.5).round() if dtype == torch.uint8 else band)
+        top += band.shape[1]
+    return out
+
+
+def _decoded(
+    first_stage: FirstStage, low: Tensor, size: Size, latents: Iterable[tuple[Tile, Tensor]]
+) -> Iterator[Tensor]:
+    """Yield the image that tiles decode to, in bands (3, rows, width) from top to bottom."""
+    band, first = torch.empty(3, 0, size[1], device=low.device), 0  # painted from row `first` on
+    for _, row in itertools.groupby(latents, key=lambda part: part[0].top):
+        for tile, z in row:
+            window, coords, cells = tile.points(low.shape[-2:], size)
+            top, left, height, width = window
+            if not height or not width:
+                continue
+            if top + height > first + band.shape[1]:  # the first of its row of tiles
+                if top > first:
+                    yield band[:, : top - first]
+                kept = band[:, top - first :]
+                new = torch.empty(3, height - kept.shape[1], size[1], device=low.device)
+                band, first = torch.cat([kept, new], dim=1), top
             features = first_stage.features(z)
             points = coords[None].to(features), cells[None].to(features)
-            rgb = first_stage.liif.query(features, *points)[0].mT.cpu()  # (3, N)
-            rgb = back_project(rgb.reshape(3, *window[2:]), tile.cut(low))
-            paste(out, rgb.clamp(-1, 1), window, coords, tile)
-    return out
+            rgb = first_stage.liif.query(features, *points)[0].mT.to(band)  # (3, N)
+            local = (top - first, left, height, width)
+            paste(band, rgb.reshape(3, height, width), local, coords, tile)
+    yield band
+
+
+def _enlarges(size: Size, low_size: Size) -> bool:
+    return size[0] >= low_size[0] and size[1] >= low_size[1]
 
 
 def back_project(rgb: Tensor, low: Tensor, rounds: int = 2) -> Tensor:
@@ -212,7 +254,7 @@ def back_project(rgb: Tensor, low: Tensor, rounds: int = 2) -> Tensor:
     The difference that an antialiased bicubic reduction leaves is enlarged and added, `rounds`
     times. An image smaller than its input is returned as it is. Source: Irani and Peleg 1991.
     """
-    if rgb.shape[-2] < low.shape[-2] or rgb.shape[-1] < low.shape[-1]:
+    if not _enlarges(rgb.shape[-2:], low.shape[-2:]):
         return rgb
     bicubic = {"mode": "bicubic", "antialias": True}
     for _ in range(rounds):
@@ -221,12 +263,77 @@ def back_project(rgb: Tensor, low: Tensor, rounds: int = 2) -> Tensor:
     return rgb
 
 
-def paste(out: Tensor, rgb: Tensor, window: Window, coords: Tensor, tile: Tile) -> None:
-    """Lay a tile's pixels (3, h, w) in [-1, 1] over `out` (3, H, W), in place.
+def _back_projected(bands: Iterable[Tensor], low: Tensor, size: Size) -> Iterator[Tensor]:
+    """Do to an image that comes in bands of rows what `back_project` does to the whole.
 
-    `out` is float32 in [-1, 1] or uint8; `window` and `coords` come from `tile.points`. Across the
-    overlap with the tiles above and to the left the new pixels fade in linearly; where those tiles
-    have no pixel, the new ones are laid as they are.
+    With e = low - reduced(rgb), two rounds add enlarged(2 e - reduced(enlarged(e))). Each band
+    waits for the rows below it that its correction depends on.
+    """
+    n, total = low.shape[-2], size[0]  # rows of the input and of the image
+    rgb, first, done = torch.empty(3, 0, size[1], device=low.device), 0, 0
+
+    def depends(start: int, stop: int) -> list[tuple[int, int]]:
+        """Rows of the correction, of enlarged(e), of e and of rgb that rows of the result take."""
+        spans = [(start, stop)]
+        for source, target in ((n, total), (total, n)) * 2:
+            spans.append(_support(source, target, *spans[-1]))
+        return spans[1:]
+
+    for band in bands:
+        rgb = torch.cat([rgb, band], dim=1)
+        end = first + rgb.shape[1]
+        last = range(done, total)
+        stop = done + bisect_right(last, end, key=lambda row: depends(done, row + 1)[-1][1])
+        if stop == done:
+            continue
+        of_low, of_rgb, of_error, _ = depends(done, stop)
+        reduced = _columns(_rows(rgb, first, (total, n), of_error), low.shape[-1])
+        error = as_floats(low[:, slice(*of_error)]) - reduced
+        enlarged = _columns(_rows(error, of_error[0], (n, total), of_rgb), size[1])
+        again = _columns(_rows(enlarged, of_rgb[0], (total, n), of_low), low.shape[-1])
+        inner = error[:, of_low[0] - of_error[0] : of_low[1] - of_error[0]]
+        added = _columns(2 * inner - again, size[1])
+        added = _rows(added, of_low[0], (n, total), (done, stop))
+        yield rgb[:, done - first : stop - first] + added
+        done = stop
+        if done < total:
+            needed = depends(done, done + 1)[-1][0]
+            rgb, first = rgb[:, needed - first :], needed
+
+
+def _support(n: int, m: int, start: int, stop: int) -> tuple[int, int]:
+    """Return which of n rows the rows [start, stop) of m are resampled from."""
+    step, reach = n / m, 2 * max(n / m, 1)
+    low, high = (start + 0.5) * step - reach, (stop - 0.5) * step + reach
+    return max(0, math.floor(low)), min(n, math.ceil(high))
+
+
+def _rows(rows: Tensor, first: int, sizes: tuple[int, int], span: tuple[int, int]) -> Tensor:
+    """Resample rows as `F.interpolate` does, antialiased bicubic, but only those in `span`.
+
+    `rows` (..., k, w) begin at row `first` of an image with as many rows as `sizes` says first;
+    the result is rows [start, stop) of as many as it says last.
+    """
+    step = sizes[0] / sizes[1]
+    positions = first + torch.arange(rows.shape[-2], dtype=torch.float64) + 0.5
+    centres = (torch.arange(*span, dtype=torch.float64) + 0.5) * step
+    x = ((positions - centres[:, None]) / max(step, 1)).abs()  # (stop - start, k)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
+    return (weights / weights.sum(dim=1, keepdim=True)).float().to(rows) @ rows
+
+
+def _columns(image: Tensor, width: int) -> Tensor:
+    """Resample the columns of (3, h, w), antialiased bicubic."""
+    return F.interpolate(image[None], (image.shape[-2], width), mode="bicubic", antialias=True)[0]
+
+
+def paste(out: Tensor, rgb: Tensor, window: Window, coords: Tensor, tile: Tile) -> None:
+    """Lay a tile's pixels (3, h, w) over `out` (3, H, W), in place.
+
+    `window` and `coords` come from `tile.points`. Across the overlap with the tiles above and to
+    the left the new pixels fade in linearly; where those tiles have no pixel, the new ones are laid
+    as they are.
     """
     top, left, height, width = window
     if not height or not width:
@@ -234,12 +341,9 @@ def paste(out: Tensor, rgb: Tensor, window: Window, coords: Tensor, tile: Tile) 
     y, x = coords.view(height, width, 2)[:, 0, 0], coords.view(height, width, 2)[0, :, 1]
     fade_in_y = _ramp(y, tile.over_top / (tile.bottom - tile.top))
     fade_in_x = _ramp(x, tile.over_left / (tile.right - tile.left))
-    alpha = fade_in_y[:, None] * fade_in_x  # (h, w)
+    alpha = (fade_in_y[:, None] * fade_in_x).to(out)  # (h, w)
     target = out[:, top : top + height, left : left + width]
-    as_bytes = out.dtype == torch.uint8
-    new = (rgb + 1) * 127.5 if as_bytes else rgb
-    new = torch.where(alpha < 1, target + alpha * (new - target), new)
-    target.copy_(new.round() if as_bytes else new)
+    target.copy_(torch.where(alpha < 1, target + alpha * (rgb - target), rgb))
 
 
 def _ramp(coords: Tensor, share: float) -> Tensor:

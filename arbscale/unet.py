@@ -50,6 +50,11 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, head_channels: int):
         super().__init__()
+        if channels % head_channels:
+            raise ValueError(
+                f"attention's width is a multiple of head_channels, got {channels} and "
+                f"{head_channels}"
+            )
         self.heads = channels // head_channels
         self.norm = nn.GroupNorm(32, channels)
         self.qkv = nn.Linear(channels, 3 * channels)

@@ -48,7 +48,7 @@ def test_upscale_takes_a_users_file(run, tmp_path, mode):
     (picture or Image.fromarray(gradient()).convert(mode)).save(tmp_path / "in.png")
     assert run("upscale", "in.png", "--scale", 3.7, "--steps", 2, "-o", "out.png")[0] == 0
     with Image.open(tmp_path / "out.png") as out:
-        assert (out.mode, out.size) == ("RGB", (59, 44))
+        assert (out.mode, out.size) == ("RGBA" if mode == "RGBA" else "RGB", (59, 44))
 
 
 def test_upscale_turns_a_photograph_upright(run, tmp_path):
@@ -59,6 +59,24 @@ def test_upscale_turns_a_photograph_upright(run, tmp_path):
     assert run("upscale", "in.jpg", "--scale", 2, "--steps", 2, "-o", "out.jpg")[0] == 0
     with Image.open(tmp_path / "out.jpg") as out:
         assert out.size == (24, 32)
+
+
+def test_upscale_says_what_it_converts_and_keeps_exif(run, tmp_path, capsys, monkeypatch):
+    exif = Image.Exif()
+    exif[274], exif[272] = 6, "a camera"
+    Image.fromarray(gradient()).save(tmp_path / "in.png", exif=exif)
+    said = []
+    monkeypatch.setattr("builtins.print", lambda *words, **options: said.append(str(words)))
+    words = ("--size", 32, "--steps", 1, "--quality", 60, "-o", "out.jpg")
+    assert run("upscale", "in.png", *words)[0] == 0
+    assert any("in.png" in line and "EXIF" in line and "grey" in line for line in said)
+    with Image.open(tmp_path / "out.jpg") as out:
+        assert out.size == (24, 32)  # the longer side alone keeps the aspect ratio
+        assert out.getexif()[272] == "a camera" and 274 not in out.getexif()
+        coarse = out.quantization
+    assert run("upscale", "in.png", "--size", "9x31", "--steps", 1, "-o", "out.jpg")[0] == 0
+    with Image.open(tmp_path / "out.jpg") as out:
+        assert out.size == (31, 9) and out.quantization[0][0] < coarse[0][0]
 
 
 def test_upscale_takes_one_pixel_wide_and_a_size(run, tmp_path):
@@ -80,6 +98,10 @@ def test_upscale_takes_one_pixel_wide_and_a_size(run, tmp_path):
         (("upscale", "in.png", "-o", "o.png"), "--scale"),
         (("upscale", "in.png", "--scale", 2, "--size", 9, "-o", "o.png"), "--size"),
         (("upscale", "in.png", "--scale", 2, "-o", "o.what"), "o.what"),
+        (("upscale", "in.png", "--scale", 2, "-o", "o.psd"), "o.psd"),
+        (("upscale", "in.png", "--size", "1x70000", "-o", "o.gif"), "o.gif"),
+        (("upscale", "in.png", "--scale", 2, "--quality", 0, "-o", "o.jpg"), "0"),
+        (("generate", "--size", "300", "-o", "o.ico"), "300 x 300"),
         (("upscale", "in.png", "--scale", 2, "--model", "nope", "-o", "o.png"), "nope"),
         (("upscale", "in.png", "--scale", 2, "--model", "scenes", "-o", "o.png"), "generator"),
         (("upscale", "in.png", "--scale", 2, "--sampler", "euler", "-o", "o.png"), "ddim"),

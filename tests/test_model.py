@@ -11,6 +11,7 @@ from PIL import Image
 
 import arbscale
 from arbscale import presets
+from arbscale.data.images import to_uint8
 from arbscale.model import ArbitraryScaleModel
 from arbscale.samplers import SAMPLERS
 from arbscale.tiles import tiles
@@ -176,7 +177,25 @@ def test_pil_pictures_stay_pil_pictures(upscaler, mode):
     pixels = ((picture(9, 7) + 1) * 127).permute(1, 2, 0).byte().numpy()
     out = upscaler.upscale(Image.fromarray(pixels).convert(mode), scale=2, steps=1)
     assert isinstance(out, Image.Image)
-    assert (out.mode, out.size) == ("RGB", (14, 18))
+    assert (out.mode, out.size) == ("RGBA" if mode.endswith("A") else "RGB", (14, 18))
+
+
+def test_a_pil_picture_is_turned_upright(upscaler):
+    pixels = ((picture(9, 7) + 1) * 127).permute(1, 2, 0).byte().numpy()
+    on_its_side = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 0, 2)[::-1]))
+    on_its_side.getexif()[0x0112] = 6
+    expected = upscaler.upscale(pixels, scale=2, steps=1)
+    assert np.array_equal(np.array(upscaler.upscale(on_its_side, scale=2, steps=1)), expected)
+
+
+def test_transparency_is_enlarged(upscaler):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    pixels[..., 3] = np.linspace(1, 255, 63).reshape(9, 7)
+    out = upscaler.upscale(Image.fromarray(pixels), scale=2, steps=1)
+    expected = Image.fromarray(pixels[..., 3]).resize((14, 18), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.array(out)[..., 3], np.array(expected))
+    opaque = upscaler.upscale(pixels[..., :3], scale=2, steps=1)
+    assert np.array_equal(np.array(out)[..., :3], opaque)
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (9, 7, 3), (9, 7, 4), (9, 7, 1)], ids=str)
@@ -184,7 +203,7 @@ def test_arrays_stay_arrays(upscaler, shape):
     array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     out = upscaler.upscale(array, scale=2, steps=1)
     assert isinstance(out, np.ndarray)
-    assert (out.dtype, out.shape) == (np.uint8, (18, 14, 3))
+    assert (out.dtype, out.shape) == (np.uint8, (18, 14, 4 if shape[2:] == (4,) else 3))
 
 
 def test_tensors_stay_tensors(upscaler):
@@ -280,6 +299,71 @@ def test_a_picture_that_is_none_is_refused(upscaler):
 def test_a_generator_does_not_up_sample(generator):
     with pytest.raises(RuntimeError, match="generator"):
         generator.upscale(picture(9, 7), scale=2)
+
+
+def test_a_batch_of_none_is_refused(upscaler):
+    with pytest.raises(ValueError, match="0, 3, 9, 7"):
+        upscaler.upscale(torch.zeros(0, 3, 9, 7), scale=2)
+
+
+def test_injected_noise_has_a_stream_of_its_own(upscaler, monkeypatch):
+    """It is not that of the start, whatever the seed."""
+    drawn, original = [], torch.randn
+
+    def recorded(*args, **options):
+        drawn.append(original(*args, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "randn", recorded)
+    for seed in (0, 1, 2**40):
+        drawn.clear()
+        upscaler.upscale(picture(32, 32), 2, steps=3, sampler="ddpm", seed=seed, tile=64)
+        assert len(drawn) >= 3
+        values = [set(noise.flatten()[:50].tolist()) for noise in drawn]
+        assert all(len(a & b) < 5 for i, a in enumerate(values) for b in values[:i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_precision_is_refused(dtype):
+    generator, upscaler = build().to(dtype), build(8).to(dtype)
+    z = torch.zeros(1, 3, 4, 4, dtype=dtype)
+    calls = {
+        "generate": lambda: generator.generate(1, 8),
+        "decode": lambda: generator.decode(z, 8),
+        "upscale": lambda: upscaler.upscale(picture(9, 7), 2),
+        "condition": lambda: upscaler.condition(z[:, :3]),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=str(dtype)):
+            call()
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 1.5, "1", None, True], ids=repr)
+def test_a_seed_that_no_generator_takes(generator, upscaler, seed):
+    with pytest.raises(ValueError, match="seed"):
+        generator.generate(1, 8, seed=seed)
+    with pytest.raises(ValueError, match="seed"):
+        upscaler.upscale(picture(9, 7), 2, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63)])
+def test_any_other_seed(generator, upscaler, seed):
+    assert generator.generate(1, 8, seed=seed, steps=1, sampler="ddpm").isfinite().all()
+    assert upscaler.upscale(picture(9, 7), 2, seed=seed, steps=2, sampler="ddpm").isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_an_image_on_a_gpu_stays_there(dtype):
+    image = picture(45, 30) if dtype.is_floating_point else to_uint8(picture(45, 30))
+    expected = build(8).upscale(image, 2.3, tile=16, steps=2)
+    for model_device in ("cuda", "cpu"):
+        out = build(8).to(model_device).upscale(image.cuda(), 2.3, tile=16, steps=2)
+        assert out.is_cuda and out.dtype == dtype
+        assert (out.cpu().float() - expected.float()).abs().max() < (
+            2 if dtype.is_floating_point else 255
+        )
+    assert not build(8).to("cuda").upscale(image, 2.3, tile=16, steps=2).is_cuda
 
 
 # Tiles --------------------------------------------------------------------------------------------
@@ -405,6 +489,18 @@ def test_save_and_load(tmp_path, low_size):
         assert torch.equal(back.upscale(image, 2, steps=2), model.upscale(image, 2, steps=2))
     else:
         assert torch.equal(back.generate(1, 20, steps=2), model.generate(1, 20, steps=2))
+
+
+def test_what_is_loaded_needs_no_autograd(tmp_path, generator, upscaler):
+    """Neither do a model's methods; the decoder is differentiable, as alignment needs it."""
+    generator.save(tmp_path / "m")
+    back = arbscale.load(tmp_path / "m")
+    assert not any(p.requires_grad for p in back.parameters())
+    z = torch.zeros(1, 3, 4, 4, requires_grad=True)
+    assert back.first_stage.decode(z, 9).requires_grad
+    assert not back.first_stage.decode(z.detach(), 9).requires_grad
+    assert not generator.decode(z, 9).requires_grad
+    assert not upscaler.condition(z).requires_grad
 
 
 def test_half_precision_is_close(tmp_path, generator):

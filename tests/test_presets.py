@@ -111,6 +111,12 @@ def test_a_field_that_is_missing_takes_its_default():
     assert Preset.from_dict(values) == dataclasses.replace(presets.tiny(), noise_level=1.0)
 
 
+@pytest.mark.parametrize("values", [{}, [], "tiny", None, {"name": 3}], ids=repr)
+def test_a_preset_without_a_name(values):
+    with pytest.raises(ValueError, match="name"):
+        Preset.from_dict(values)
+
+
 def test_a_field_that_is_unknown_is_named():
     with pytest.raises(ValueError, match="depth"):
         Preset.from_dict(presets.tiny().to_dict() | {"depth": 3})

@@ -9,10 +9,13 @@ import platform
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import arbscale
 from arbscale import presets, store
@@ -80,15 +83,63 @@ def test_saving_again_leaves_no_old_shard(tmp_path, state, monkeypatch):
     store.save(tmp_path, state, PRESET)
     monkeypatch.undo()
     store.save(tmp_path, state, PRESET)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "manifest.json", "weights-00000.safetensors",
-    ]  # fmt: skip
+    (file,) = store.read_manifest(tmp_path)["files"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", file["name"]]
 
 
 def test_views_and_gradients_can_be_saved(tmp_path):
     base = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
     store.save(tmp_path, {"a": base, "b": base.T}, PRESET)
     assert torch.equal(store.load(tmp_path)[0]["b"], base.detach().T)
+
+
+@pytest.mark.parametrize("call", ["save_file", "write_text", "sha256"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()], ids=repr)
+def test_a_model_survives_that_another_cannot_be_saved_over_it(
+    tmp_path, state, monkeypatch, call, error
+):
+    monkeypatch.setattr(store, "SHARD_BYTES", 450)
+    store.save(tmp_path, state, PRESET)
+    before = sorted(tmp_path.iterdir())
+    calls, original = [], getattr(store, call)
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 2 or call == "write_text":
+            raise error
+        return original(*args)
+
+    with monkeypatch.context() as context, pytest.raises(type(error)):
+        context.setattr(store, call, fails)
+        store.save(tmp_path, {k: t + 1 for k, t in state.items()}, PRESET)
+    assert sorted(tmp_path.iterdir()) == before
+    assert all(torch.equal(t, state[k]) for k, t in store.load(tmp_path)[0].items())
+    store.save(tmp_path, {k: t + 1 for k, t in state.items()}, PRESET)
+    assert all(torch.equal(t, state[k] + 1) for k, t in store.load(tmp_path)[0].items())
+
+
+def test_a_model_is_whole_where_only_the_folder_cannot_be_synced(tmp_path, state, monkeypatch):
+    """The new manifest is in place by then."""
+    original = store.sync
+
+    def fails(path):
+        if path.is_dir() and (path / store.MANIFEST).exists():
+            raise OSError(22, "Invalid argument")
+        original(path)
+
+    with monkeypatch.context() as context, pytest.raises(OSError):
+        context.setattr(store, "sync", fails)
+        store.save(tmp_path, state, PRESET)
+    assert len(store.load(tmp_path)[0]) == len(state)
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, state, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error")
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(OSError, match=tmp_path.name):
+        store.save(tmp_path, state, PRESET)
 
 
 # Errors -------------------------------------------------------------------------------------------
@@ -144,6 +195,119 @@ def test_a_manifest_whose_files_are_half_described(folder, field):
         store.load(folder)
 
 
+@pytest.mark.parametrize("field", ["name", "sha256", "bytes"])
+@pytest.mark.parametrize("value", [None, 1.5, True, [], {}], ids=repr)
+def test_a_manifest_whose_files_are_described_by_other_types(folder, field, value):
+    edit(folder, lambda m: m["files"][0].update({field: value}))
+    with pytest.raises(ValueError, match="manifest.json"):
+        store.load(folder)
+
+
+@pytest.mark.parametrize("preset", [[], "tiny", 3, ["name"]], ids=repr)
+def test_a_manifest_whose_preset_is_none(folder, preset):
+    edit(folder, lambda m: m.update(preset=preset))
+    with pytest.raises(ValueError, match="manifest.json"):
+        store.load(folder)
+
+
+def test_a_manifest_that_is_nested_without_end(folder):
+    (folder / store.MANIFEST).write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="manifest.json"):
+        store.load(folder)
+
+
+def test_a_manifest_of_a_newer_format_says_so(folder):
+    edit(folder, lambda m: m.update(format=2))
+    with pytest.raises(ValueError, match="format 2.*update"):
+        store.load(folder)
+
+
+def test_a_manifest_is_small(folder):
+    edit(folder, lambda m: m.update(notes="x" * 1_000_000))
+    with pytest.raises(ValueError, match="1,000,000"):
+        store.load(folder)
+
+
+@pytest.mark.parametrize("name", ["../x/{}", "{}/../{}", "/tmp/{}", "sub/{}", "..\\{}", "C:{}"])
+def test_a_manifest_names_files_of_its_folder_alone(folder, name):
+    own = "weights-00000.safetensors"
+    (folder / "sub").mkdir()
+    for other in (folder / "sub", folder.parent / "x"):
+        other.mkdir(exist_ok=True)
+        (other / own).write_bytes((folder / own).read_bytes())
+    edit(folder, lambda m: m["files"][0].update(name=name.format(own, own)))
+    with pytest.raises(ValueError, match="manifest.json"):
+        store.load(folder)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links want rights")
+def test_a_link_out_of_the_folder_is_refused(folder):
+    path = folder / "weights-00000.safetensors"
+    path.rename(folder.parent / path.name)
+    path.symlink_to(folder.parent / path.name)
+    with pytest.raises(ValueError, match=path.name):
+        store.load(folder)
+    linked = folder.parent / "linked"
+    path.unlink()
+    (folder.parent / path.name).rename(path)
+    linked.symlink_to(folder)
+    store.load(linked)  # the folder itself may be one
+
+
+def put(folder, *shards):
+    """Make shards the files of a model, with hashes that hold."""
+    files = []
+    for i, shard in enumerate(shards):
+        path = folder / f"put-{i}.safetensors"
+        save_file(shard, path)
+        size = path.stat().st_size
+        files.append({"name": path.name, "sha256": store.sha256(path), "bytes": size})
+    edit(folder, lambda m: m.update(files=files))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64", "int64", "uint8"])
+def test_tensors_that_are_no_weights(folder, dtype):
+    put(folder, {"a.weight": torch.zeros(3, dtype=getattr(torch, dtype))})
+    with pytest.raises(ValueError, match=f"a.weight.*{dtype}"):
+        store.load(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(folder, dtype, value):
+    good, bad = torch.zeros(3, dtype=getattr(torch, dtype)), torch.zeros(3).to(torch.float32)
+    bad[1] = value
+    put(folder, {"a.weight": good})
+    assert store.load(folder)[0]["a.weight"].dtype == torch.float32
+    put(folder, {"a.weight": good, "b.bias": bad.to(good.dtype)})
+    with pytest.raises(ValueError, match="b.bias"):
+        store.load(folder)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, state):
+    """Nor those that half precision cannot hold."""
+    large = {"a.weight": torch.tensor([1.0, 70_000.0])}
+    store.save(tmp_path, large, PRESET)
+    for half, wrong in ((True, large), (False, {"a.weight": torch.tensor([float("nan")])})):
+        with pytest.raises(ValueError, match="a.weight"):
+            store.save(tmp_path, wrong, PRESET, half=half)
+    assert torch.equal(store.load(tmp_path)[0]["a.weight"], large["a.weight"])
+
+
+def test_a_tensor_in_two_shards(folder):
+    put(folder, {"a": torch.zeros(1), "b": torch.zeros(1)}, {"b": torch.ones(1)})
+    with pytest.raises(ValueError, match="put-1.*b"):
+        store.load(folder)
+
+
+def test_a_shard_that_is_no_safetensors_file(folder):
+    path = folder / "weights-00000.safetensors"
+    path.write_bytes(b"damaged")
+    edit(folder, lambda m: m["files"][0].update(bytes=7, sha256=store.sha256(path)))
+    with pytest.raises(ValueError, match=path.name):
+        store.load(folder)
+
+
 # A whole model ------------------------------------------------------------------------------------
 
 
@@ -169,10 +333,80 @@ def test_a_preset_of_another_version(model_folder):
         arbscale.load(model_folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("channels", 4096),
+        ("channels", 10**9),
+        ("channels", 10**400),
+        ("multipliers", [1] * 10**5),
+        ("multipliers", []),
+        ("blocks", 10**6),
+        ("transformer_blocks", 10**6),
+        ("hidden", [10**6] * 30),
+        ("diffusion_steps", 10**12),
+        ("noise_level", float("nan")),
+        ("noise_level", 0),
+        ("noise_level", -1.0),
+        ("noise_level", float("inf")),
+        ("image_size", 0),
+        ("low_size", -1),
+        ("target_sizes", [0, 5]),
+        ("target_sizes", [1, 2, 3]),
+        ("target_sizes", 5),
+        ("multipliers", [1, "a"]),
+        ("multipliers", [[1]]),
+        ("channels", 32.0),
+        ("channels", True),
+        ("channels", "32"),
+        ("channels", None),
+        ("channels", {}),
+        ("posterior", 1),
+        ("name", None),
+        ("beta_start", "small"),
+        ("beta_end", 2),
+        ("head_channels", 48),  # 64 is no multiple of it
+        ("head_channels", 0),
+        ("groups", 7),
+        ("padding", "stretch"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_preset_that_no_weights_fit_is_refused_at_once(model_folder, field, value):
+    edit(model_folder, lambda m: m["preset"].update({field: value}))
+    start = time.process_time()
+    with pytest.raises(ValueError, match="tiny"):
+        arbscale.load(model_folder)
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), True, "1", None, 10**400])
+def test_a_scale_factor_is_positive_and_finite(model_folder, value):
+    edit(model_folder, lambda m: m.update(scale_factor=value))
+    with pytest.raises(ValueError, match="scale_factor"):
+        arbscale.load(model_folder)
+
+
+def test_a_scale_factor_may_be_an_integer(tmp_path):
+    for value in (1, 2.5):
+        ArbitraryScaleModel(presets.tiny(), scale_factor=value).save(tmp_path / "m")
+        assert arbscale.load(tmp_path / "m").scale_factor == value
+    for value in (0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="scale_factor"):
+            ArbitraryScaleModel(presets.tiny(), scale_factor=value)
+
+
 def test_a_manifest_without_a_scale_factor(model_folder):
     edit(model_folder, lambda m: m.pop("scale_factor"))
     with pytest.raises(ValueError, match="scale_factor"):
         arbscale.load(model_folder)
+
+
+def test_loading_imports_no_compiler(model_folder):
+    """As drawing normal numbers on the meta device does, for seconds."""
+    code = f"import arbscale, sys; arbscale.load({str(model_folder)!r}); "
+    code += "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_path_may_be_text_and_relative(model_folder, monkeypatch):

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from arbscale import presets
-from arbscale.coords import cell, grid
+from arbscale import tiles as tiles_module
+from arbscale.coords import cell, grid, scaled_size
 from arbscale.tiles import (
     NOISE_BLOCK,
     Tile,
@@ -122,19 +123,6 @@ def test_constants_stay_constant(low, out_size, side, overlap):
     torch.testing.assert_close(out, torch.full_like(out, 0.3))
 
 
-def test_bytes():
-    out = torch.zeros(3, 50, 50, dtype=torch.uint8)
-    for tile in tiles((20, 20), 8, 2):
-        window, coords, _ = tile.points((20, 20), (50, 50))
-        paste(out, torch.full((3, *window[2:]), 0.5), window, coords, tile)
-    assert out.unique().tolist() == [191]  # (0.5 + 1) * 127.5 = 191.25
-    for value, byte in ((-1.0, 0), (1.0, 255)):
-        whole = Tile(0, 0, 20, 20, 0, 0)
-        window, coords, _ = whole.points((20, 20), (50, 50))
-        paste(out, torch.full((3, 50, 50), value), window, coords, whole)
-        assert out.unique().tolist() == [byte]
-
-
 def test_the_overlap_fades_in():
     out = torch.zeros(3, 4, 12)
     first, second = tiles((4, 12), 8, 4)
@@ -221,6 +209,93 @@ def test_back_projection_has_two_rounds():
 def test_back_projection_leaves_what_is_smaller_than_its_input():
     rgb = torch.rand(3, 9, 30)
     assert torch.equal(back_project(rgb, torch.zeros(3, 10, 10)), rgb)
+
+
+class Flat(torch.nn.Module):
+    """A first stage that paints each latent's first three channels, by nearest neighbour."""
+
+    features = torch.nn.Identity()
+
+    @property
+    def liif(self):
+        return self
+
+    def query(self, z, coords, cells):
+        at = coords.flip(-1)[:, None]
+        return F.grid_sample(z, at, padding_mode="border", align_corners=False)[:, :3, 0].mT
+
+
+def painted(low, size, side, dtype=torch.float32):
+    """Paint `low` from its own noisy pixels as latents, in tiles of `side`."""
+    generator = torch.Generator().manual_seed(0)
+    z = low + 0.3 * torch.randn(low.shape, generator=generator)
+    spans = tiles(low.shape[-2:], side, side // 4)
+    return paint(Flat(), low, size, ((span, span.cut(z)[None]) for span in spans), dtype)
+
+
+def photograph(height, width):
+    """Return pixels between -0.8 and 0.8 that differ from their neighbours."""
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8
+
+
+@pytest.mark.parametrize("scale", [1.5, 2, 2.3, 2.5, 3.7, 4])
+def test_tiles_agree_with_the_input_as_one_tile_does(scale):
+    """Reduced again, the image is its input: tiles' borders need not be those of output pixels."""
+    low = photograph(60, 45)
+    size = scaled_size((60, 45), scale)
+
+    def error(side):
+        again = F.interpolate(
+            painted(low, size, side)[None], (60, 45), mode="bicubic", antialias=True
+        )
+        return (again[0] - low).square().mean().sqrt().item() * 127.5
+
+    assert error(16) == pytest.approx(error(64), rel=0.2)
+
+
+@pytest.mark.parametrize("low_size", [(60, 45), (5, 33), (40, 7)], ids=str)
+@pytest.mark.parametrize("scale", [1, 1.3, 2.5, 3.7, 8])
+def test_bands_are_corrected_as_the_whole_is(low_size, scale, monkeypatch):
+    low, size = photograph(*low_size), scaled_size(low_size, scale)
+    for side in (9, 16, 64):
+        found = painted(low, size, side)
+        with monkeypatch.context() as context:
+            context.setattr("arbscale.tiles._enlarges", lambda *_: False)
+            context.setattr(torch.Tensor, "clamp", lambda image, *_: image)
+            bare = painted(low, size, side)
+        expected = back_project(bare, low).clamp(-1, 1)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_what_paint_holds_does_not_grow_with_the_image(monkeypatch):
+    """Beyond the output, rows of a few tiles."""
+    heights = []
+    original = tiles_module._rows
+    monkeypatch.setattr(
+        tiles_module, "_rows", lambda x, *rest: heights.append(x.shape[1]) or original(x, *rest)
+    )
+    for rows in (100, 300):
+        painted(photograph(rows, 20), (rows * 3, 60), 16)
+        assert 16 * 3 < max(heights) < 45 * 3
+
+
+def test_bytes():
+    low = torch.full((3, 20, 20), 0.5)
+    flat = [(tile, torch.full((1, 3, 4, 4), 0.5)) for tile in tiles((20, 20), 8, 2)]
+    out = paint(Flat(), low, (50, 50), flat, torch.uint8)
+    assert out.dtype == torch.uint8
+    assert out.unique().tolist() == [191]  # (0.5 + 1) * 127.5 = 191.25
+    low = photograph(20, 20)
+    as_bytes, floats = (painted(low, (50, 50), 8, dtype) for dtype in (torch.uint8, torch.float32))
+    assert torch.equal(as_bytes, ((floats + 1) * 127.5).round().byte())
+
+
+def test_paint_stays_on_the_device_of_its_input():
+    """Whatever the device of the first stage is."""
+    spans = list(tiles((20, 20), 8, 2))
+    low = torch.zeros(3, 20, 20, device="meta")
+    out = paint(Flat(), low, (50, 50), [(tile, torch.zeros(1, 3, 4, 4)) for tile in spans])
+    assert out.device == low.device
 
 
 @torch.no_grad()

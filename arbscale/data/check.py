@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,9 @@ from tqdm.auto import tqdm
 
 from arbscale.coords import Size
 from arbscale.data.folders import SPLITS, open_folder, scan_folder
-from arbscale.data.images import decode, open_image, reason
+from arbscale.data.images import open_image, open_upright, reason
 
 SHOWN = 5  # names printed of each group
-_MODES = {
-    "1": "black and white, to RGB",
-    "L": "greyscale, to RGB",
-    "LA": "greyscale, to RGB",
-    "P": "palette, to RGB",
-    "PA": "palette, to RGB",
-    "CMYK": "CMYK, to RGB without its colour profile",
-    "YCbCr": "YCbCr, to RGB",
-}
 
 
 @dataclass(frozen=True)
@@ -84,9 +75,9 @@ def check_file(root: Path, name: str) -> FileReport:
     """Decode one image and report what happens to it."""
     try:
         with open_image(root / name) as image:
-            deep = ";16" in str(image.tile)  # PIL hides it once the pixels are there
-            height, width = decode(image).shape[1:]
-            return FileReport(name, (height, width), _conversions(image, root / name, deep))
+            rgb, _, notes = open_upright(image)
+            notes = _by_content(image, root / name) + notes
+            return FileReport(name, tuple(rgb.shape[1:]), tuple(notes))
     except (ValueError, FileNotFoundError) as error:
         return FileReport(name, problem=reason(error.__cause__ or error))
 
@@ -104,30 +95,13 @@ def splits(root: Path) -> str:
     return "\n".join(lines)
 
 
-def _conversions(image: Any, path: Path, deep: bool) -> tuple[str, ...]:
-    """Return what `decode` has done to an opened image."""
+def _by_content(image: Any, path: Path) -> list[str]:
+    """Return a note where a file's ending names another format than its content."""
     from PIL import Image
 
     wanted = Image.registered_extensions().get(path.suffix.lower())
-    by_content = image.format not in (wanted, "MPO" if wanted == "JPEG" else wanted)
-    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    found = {
-        f"{image.format} by its content": by_content,
-        "several frames or pages, the first is taken": _quiet(lambda: image.is_animated),
-        "16 bits, to 8": deep,
-        _MODES.get(image.mode, ""): image.mode in _MODES,
-        "transparency, laid on white": transparent,
-        "turned upright as EXIF says": _quiet(lambda: image.getexif().get(0x0112) in range(2, 9)),
-    }
-    return tuple(text for text, is_so in found.items() if is_so)
-
-
-def _quiet(question: Callable[[], bool]) -> bool:
-    """Return the answer, or False where damage beside good pixels prevents one."""
-    try:
-        return question()
-    except Exception:
-        return False
+    same = image.format in (wanted, "MPO" if wanted == "JPEG" else wanted)
+    return [] if same else [f"{image.format} by its content"]
 
 
 def _grouped(title: str, pairs: Sequence[tuple[str, str]]) -> list[str]:

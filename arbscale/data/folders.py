@@ -3,8 +3,9 @@
 | file | decision |
 | --- | --- |
 | BMP, GIF, JPEG, PNG, TIFF, WebP, found by its ending | used; the content decides, not the ending |
-| greyscale, palette, CMYK, YCbCr | converted to RGB; colour profiles are not applied |
-| 16 bits (grey, RGB) | converted to 8 bits |
+| greyscale, palette, CMYK, YCbCr, LAB | converted to RGB |
+| a colour profile | converted to sRGB; ignored where it is damaged |
+| 12 or 16 bits (grey, RGB) | converted to 8 bits |
 | transparency | laid on white |
 | EXIF orientation | turned upright; a damaged tag is ignored |
 | animated, several pages | the first frame |
@@ -12,9 +13,10 @@
 | a linked file | used; a linked folder is not entered, so loops cannot occur |
 | empty, not an image, damaged header, no permission | skipped with a counted warning |
 | over `images.MAX_PIXELS` (a decompression bomb) | skipped with a warning, before it is decoded |
+| a PNG with over 1 MB of text or profile | the pixels are used, text and profile ignored |
 | truncated, damaged (where the decoder notices), floats, | an error when it is read (ValueError, |
-| over 16 bits, deleted after listing | FileNotFoundError); while training (`substitute`) |
-| | skipped with a counted warning and replaced by the next image |
+| signed or over 16 bits, 16 bits in planes apart, deleted | FileNotFoundError); while training |
+| after listing | skipped with a counted warning and replaced by the next image |
 | named in a split list but missing | the list is refused with FileNotFoundError |
 | hidden, a folder named like an image, a broken or circular link, a pipe | passed over |
 
@@ -34,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from arbscale.data.images import load_image, open_image, reason, to_tensor, to_uint8
+from arbscale.data.images import load_pixels, open_image, reason, to_tensor
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SPLITS = ("train", "val", "test")
@@ -109,7 +111,7 @@ class ImageFolder(Dataset):
     def _pixels(self, index: int) -> Tensor:
         pixels = self._cache.get(index)
         if pixels is None:
-            pixels = to_uint8(load_image(self.paths[index]))
+            pixels = load_pixels(self.paths[index])
             if self._cached_bytes + pixels.numel() <= CACHE_BYTES:
                 self._cache[index] = pixels
                 self._cached_bytes += pixels.numel()

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arbscale.coords import Size, check_size, scaled_size
+from arbscale.data import pixels
+from arbscale.data.pixels import on_white
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is read, by content. PIL's rarer decoders (one starts Ghostscript) are not used."""
@@ -27,30 +29,43 @@ MAX_PIXELS = 120_000_000
 def to_tensor(image: Any) -> Tensor:
     """Return an image as a float32 tensor (3, H, W) in [-1, 1].
 
-    Takes a PIL image of any mode (transparency is laid on white), an array (H, W), (H, W, 1),
-    (H, W, 3) or (H, W, 4) of uint8 or uint16, or a tensor (3, H, W) of uint8 or of floats that lie
-    in [-1, 1] already. Raises ValueError for anything else.
+    Takes a PIL image of any mode, turned upright and converted as `data.pixels` says (transparency
+    is laid on white), an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8 or uint16, or a
+    tensor (3, H, W) of uint8 or of floats that lie in [-1, 1] already. Raises ValueError for
+    anything else.
     """
-    from PIL import Image
-
     if isinstance(image, Tensor):
         return _tensor_to_tensor(image)
+    return _tensor_to_tensor(on_white(*open_upright(image)[:2]))
+
+
+def open_upright(image: Any) -> tuple[Tensor, Tensor | None, list[str]]:
+    """Return a PIL image's or an array's colours, alpha and notes; see `pixels.open_upright`."""
+    from PIL import Image
+
     if isinstance(image, np.ndarray):
-        levels, white = _array_levels(image)
-    elif isinstance(image, Image.Image) and image.width * image.height:
-        levels, white = _pil_levels(image)
-    else:
-        found = type(image).__name__
-        raise ValueError(f"an image is a PIL image with pixels, an array or a tensor, got {found}")
-    tensor = torch.from_numpy(levels).permute(2, 0, 1).float()  # (3, H, W)
-    return (tensor / (white / 2) - 1).contiguous()
+        return _open_array(image)
+    if isinstance(image, Image.Image) and image.width * image.height:
+        return pixels.open_upright(image)
+    found = type(image).__name__
+    raise ValueError(f"an image is a PIL image with pixels, an array or a tensor, got {found}")
+
+
+def to_upright(image: Any) -> tuple[Any, list[str]]:
+    """Return a PIL image as RGB or RGBA of 8 bits, upright, as sRGB; and what was converted."""
+    from PIL import Image
+
+    rgb, alpha, notes = open_upright(image)
+    rgb = rgb if rgb.dtype == torch.uint8 else to_uint8(rgb)
+    levels = rgb if alpha is None else torch.cat([rgb, alpha])
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy()), notes
 
 
 def _tensor_to_tensor(image: Tensor) -> Tensor:
     if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
         raise ValueError(f"an image is a tensor (3, H, W), got {tuple(image.shape)}")
     if image.dtype == torch.uint8:
-        return image.float() / 127.5 - 1
+        return image.float().div_(127.5).sub_(1)
     # NaN fails this comparison too.
     if not image.is_floating_point() or not bool((image.abs() <= 1 + 1e-4).all()):
         found = f"{image.dtype} from {image.min().item():.3g} to {image.max().item():.3g}"
@@ -58,8 +73,8 @@ def _tensor_to_tensor(image: Tensor) -> Tensor:
     return image.float().clamp(-1, 1)
 
 
-def _array_levels(array: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return an array of integers as (H, W, 3) and the value of its white."""
+def _open_array(array: np.ndarray) -> tuple[Tensor, Tensor | None, list[str]]:
+    """Return the colours, alpha and notes of an array of integers."""
     from PIL import Image
 
     channels = array.shape[2] if array.ndim == 3 else 1
@@ -71,28 +86,10 @@ def _array_levels(array: np.ndarray) -> tuple[np.ndarray, float]:
         )
     if array.dtype == np.uint8 or channels == 1:
         array = array.reshape(array.shape[:2]) if channels == 1 else array
-        return _pil_levels(Image.fromarray(array))
-    levels, white = array[..., :3].astype("float32"), 65535.0
-    if channels == 4:
-        levels = white + (levels - white) * (array[..., 3:].astype("float32") / white)
-    return levels, white
-
-
-def _pil_levels(image: Any) -> tuple[np.ndarray, float]:
-    """Return a PIL image as an array (H, W, 3) and the value of its white."""
-    from PIL import Image
-
-    if image.mode == "F":
-        raise ValueError("an image of floats has no known white; convert it to 8 bits")
-    if image.mode.startswith("I"):  # sixteen bits of grey, which "I" holds in 32
-        levels = np.asarray(image).astype("float32")
-        if not 0 <= levels.min() <= levels.max() <= 65535:
-            raise ValueError("an image of over 16 bits has no known white; convert it to 8 bits")
-        return np.repeat(levels[..., None], 3, -1), 65535.0
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB")), 255.0
+        return pixels.open_upright(Image.fromarray(array))
+    levels = torch.from_numpy(array.astype("float32")).permute(2, 0, 1).contiguous()
+    alpha = (levels[3:] / 257).round().byte() if channels == 4 else None
+    return levels[:3] / (65535 / 2) - 1, alpha, ["16 bits, to 8"]
 
 
 def to_uint8(image: Tensor) -> Tensor:
@@ -121,19 +118,30 @@ def open_image(path: str | Path) -> Iterator[Any]:
     Raises FileNotFoundError for no such file and ValueError for anything else that goes wrong, here
     or in the `with` block: damage, an unknown format, more than `MAX_PIXELS`, no permission.
     """
-    from PIL import Image
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no image at {path}; check the path")
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.height} x {image.width}"
                 raise ValueError(f"{size} is over {MAX_PIXELS:,} pixels; cut it into parts")
             yield image
     except Exception as error:  # a decoder fed with a damaged file may raise anything
         raise ValueError(f"{path} cannot be read ({reason(error)}); replace it") from error
+
+
+def _open(path: Path) -> Any:
+    """Open a file with PIL; a PNG whose texts are too large for PIL, without them."""
+    from PIL import Image
+
+    try:
+        return Image.open(path, formats=FORMATS)
+    except ValueError:
+        data = path.read_bytes()
+        if not data.startswith(b"\x89PNG"):
+            raise
+        return pixels.without_texts(data)
 
 
 def reason(error: BaseException) -> str:
@@ -151,14 +159,14 @@ def reason(error: BaseException) -> str:
 
 def decode(image: Any) -> Tensor:
     """Decode the first frame of what `open_image` opened, turned upright as its EXIF tag says."""
-    from PIL import ImageOps
-
-    image.load()
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # a damaged tag beside good pixels: they are taken as they lie
-        pass
     return to_tensor(image)
+
+
+def load_pixels(path: str | Path) -> Tensor:
+    """Read an image file as uint8 (3, H, W): `load_image` in a quarter of the memory."""
+    with open_image(path) as image:
+        rgb = on_white(*open_upright(image)[:2])
+    return rgb if rgb.dtype == torch.uint8 else to_uint8(rgb)
 
 
 def load_image(path: str | Path) -> Tensor:
@@ -181,6 +189,15 @@ def resize(image: Tensor, size: int | Size) -> Tensor:
     batch = image if image.ndim == 4 else image[None]
     resized = F.interpolate(batch, check_size(size), mode="bicubic", antialias=True).clamp(-1, 1)
     return resized if image.ndim == 4 else resized[0]
+
+
+def resize_alpha(alpha: Tensor, size: Size) -> Tensor:
+    """Return alpha (1, h, w) of uint8 at another size, by PIL's bicubic."""
+    from PIL import Image
+
+    plane = Image.fromarray(alpha[0].numpy())
+    resized = plane.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized))[None]
 
 
 def random_crop(

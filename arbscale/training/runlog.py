@@ -54,8 +54,8 @@ class RunLog:
 
         sheet = contact_sheet(images, columns=2, box=200)  # they come in pairs
         path = self.folder / "samples" / f"{self.stage}-{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        sheet.save(path)
+        with store.replacing(path) as draft:
+            sheet.save(draft)
         self.board.add_image(f"{self.stage}/samples", pil_to_tensor(sheet), step)
 
     def summary(self, **values: object) -> None:

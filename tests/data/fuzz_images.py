@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+from image_formats import cases
 from PIL import Image
 from tqdm import tqdm
 
@@ -67,6 +68,9 @@ def originals() -> list[tuple[str, bytes]]:
         buffer = io.BytesIO()
         image.save(buffer, kind, **options)
         files.append((ENDINGS.get(kind, "png" if kind == "PPM" else kind.lower()), buffer))
+    for name, case in cases().items():
+        ending = name.rpartition(".")[2]
+        files.append((ending if ending[0] != "p" else "png", io.BytesIO(case.data)))
     return [(ending, buffer.getvalue()) for ending, buffer in files]
 
 
