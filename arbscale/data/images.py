@@ -23,7 +23,7 @@ from arbscale.data.pixels import on_white
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is read, by content. PIL's rarer decoders (one starts Ghostscript) are not used."""
 MAX_PIXELS = 120_000_000
-"""Of a file that is read: 0.36 GB as bytes, 1.4 GB as floats."""
+"""Of a file that is read: 0.36 GB as bytes, 1.4 GB as floats; while reading at most 2.3 GB."""
 
 
 def to_tensor(image: Any) -> Tensor:

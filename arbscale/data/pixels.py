@@ -65,13 +65,10 @@ def open_upright(image: Any) -> tuple[Tensor, Tensor | None, list[str]]:
 
     notes, white, inverted, small = _header(image)
     image = _loaded(image)
-    turned = quiet(lambda: image.getexif().get(_ORIENTATION) in range(2, 9))
-    try:
+    # Turning copies the image, so one that lies upright is not touched.
+    if quiet(lambda: image.getexif().get(_ORIENTATION) in range(2, 9)):
         image = ImageOps.exif_transpose(image)
-    except Exception:  # a damaged tag beside good pixels: they are taken as they lie
-        turned = False
-    if turned and ORIENTED not in notes:
-        notes.append(ORIENTED)
+        notes += [ORIENTED] if ORIENTED not in notes else []
     if image.info.get(DROPPED):
         notes.append(DROPPED)
     profile = image.info.get("icc_profile")

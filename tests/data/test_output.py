@@ -112,7 +112,7 @@ def test_exif_is_kept_but_for_what_is_no_longer_true(tmp_path, source):
     exif[0x0112], exif[272], exif[33432] = 6, "a camera", "somebody"
     exif[34665] = {0xA002: 30, 0x829A: 0.5, 0xA001: 65535}
     exif[34853] = {1: "N"}
-    photo().save(tmp_path / "in", source, exif=exif)
+    photo().save(tmp_path / "in", source, exif=exif.tobytes())
     with Image.open(tmp_path / "in") as image:
         image.load()
         kept = output.kept_exif(image)

@@ -236,7 +236,7 @@ def test_folder_is_sorted_and_cached(folder, monkeypatch):
     assert names == [f"{i:02d}.png" for i in range(10)] + ["sub/10.png", "sub/11.png"]
     first = images[0]
     assert torch.equal(first, data.load_image(folder / "00.png"))
-    monkeypatch.setattr(folders, "load_image", lambda path: pytest.fail("decoded twice"))
+    monkeypatch.setattr(folders, "load_pixels", lambda path: pytest.fail("decoded twice"))
     first.zero_()  # what a user does to a image does not reach the cache
     assert not torch.equal(images[0], first)
     with pytest.raises(IndexError):
