@@ -88,16 +88,6 @@ def test_a_report_made_by_hand_is_named(run, tmp_path, text):
     assert status == 2 and "made.json" in said and len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[1]", "{}", '{"options": 3}', '{"options": null}', "[" * 100_000]
-)
-def test_a_configuration_made_by_hand_is_named(run, tmp_path, text):
-    (tmp_path / "r/checkpoints/diffusion/step-00000001").mkdir(parents=True)
-    (tmp_path / "r/config.json").write_text(text)
-    status, said = run("train", "tiny", "--folder", "r", "--resume", "-o", "o")
-    assert status == 2 and "config.json" in said and len(said.splitlines()) == 1
-
-
 def test_a_teacher_that_holds_no_tensors_is_named(run, tmp_path):
     (tmp_path / "teacher.safetensors").write_bytes(b"xx")
     words = ("--preset.encoder", "tiny", "--teacher", "teacher.safetensors", "-o", "o")

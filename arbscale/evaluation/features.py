@@ -8,12 +8,12 @@ other two need no network connection, and what is measured with them is not an F
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -202,7 +202,7 @@ def _checked_state(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is damaged: its SHA-256 is {found}, not {wanted}; delete it")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, UnpicklingError) as error:
         raise ValueError(f"{path} holds no weights ({error}); fetch it again") from error
 
 
