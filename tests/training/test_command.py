@@ -124,7 +124,7 @@ def test_help_lists_them(capsys):
         ("small -o o --start nowhere", "nowhere"),
         ("small -o o --data nowhere", "nowhere"),
         ("small -o o --accumulation 3", "autoencoder"),
-        ("small -o o --teacher nowhere", "tiny"),
+        ("small -o o --teacher nowhere", "nowhere"),
         ("cats -o o --teacher nowhere", "nowhere"),
     ],
 )
