@@ -1,10 +1,20 @@
-"""What the tests of the command line share."""
+"""What the tests share."""
+
+import signal
 
 import pytest
 import torch
 
 from arbscale import ArbitraryScaleModel, presets, store
 from arbscale.__main__ import main
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_arrives():
+    """Let SIGINT act as in a terminal; a shell starts its background jobs with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
