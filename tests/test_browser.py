@@ -112,7 +112,7 @@ class Page:
 
         self.browser = browser
         self._wait = WebDriverWait(browser, 90, poll_frequency=0.1)
-        browser.get(address)
+        browser.get(f"{address}?reset")  # one panel: no other explorer to be found in its place
         kernel = "return jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status"
         self.until(lambda: self.run(f"try {{ {kernel} }} catch {{ return null }}") == "idle")
         self.run("jupyterapp.commands.execute('notebook:run-all-cells')")
