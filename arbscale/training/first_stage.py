@@ -30,6 +30,7 @@ from arbscale.training.loop import Run, Stage, optimise
 from arbscale.training.sources import Batch, Source
 
 POINTS = 1024  # of each target, where LIIF is compared with the ground truth
+REMEMBERED = 1 << 30  # bytes of latents that a stage with a frozen encoder keeps
 
 
 def train_autoencoder(
@@ -146,6 +147,43 @@ class ImageStage(Stage):
         return self.source(n, torch.Generator().manual_seed(0)).image(self.preset.image_size)
 
 
+class FrozenEncoderStage(ImageStage):
+    """A stage that needs the latents of images under an encoder that does not change.
+
+    Where the source has a number for each of its images, an image is encoded once.
+    """
+
+    def __init__(self, source: Source, preset: Preset):
+        super().__init__(source, preset)
+        self.distinct: int | None = getattr(source, "distinct", None)
+        self.remembered: dict[int, Tensor] = {}
+
+    def look_again(
+        self, generator: torch.Generator, part: slice
+    ) -> tuple[Batch, dict[str, Tensor]]:
+        """Draw a batch and return a part, with the images' numbers (b,) if they have any."""
+        if not self.distinct:
+            return self.look(generator, part), {}
+        numbers = torch.randint(self.distinct, (self.batch,), generator=generator)[part]
+        return self.source.pick(numbers.tolist()), {"numbers": numbers}
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def latents(self, encoder: nn.Module, image: Tensor, numbers: Tensor | None) -> Tensor:
+        """Return the latents (b, c, h, w), those of numbered images from memory."""
+        if numbers is None:
+            return encoder(image)
+        found = []
+        for n, x in zip(numbers.tolist(), image, strict=True):
+            # One by one, so that a latent does not depend on which images it came with.
+            z = self.remembered.get(n)
+            z = encoder(x[None])[0] if z is None else z
+            if len(self.remembered) * z.nbytes < REMEMBERED:
+                self.remembered[n] = z
+            found.append(z)
+        return torch.stack(found)
+
+
 class AutoencoderStage(ImageStage):
     """Encoder and up-sampling decoder learn to reconstruct the image."""
 
@@ -177,7 +215,7 @@ class AutoencoderStage(ImageStage):
         return [item for a, b in pairs for item in ((a, "original"), (b, "decoded"))]
 
 
-class StudentStage(ImageStage):
+class StudentStage(FrozenEncoderStage):
     """An encoder learns the latents of another one."""
 
     name = "student"
@@ -187,17 +225,16 @@ class StudentStage(ImageStage):
         self.encoder, self.teacher = encoder.requires_grad_(True), teacher.requires_grad_(False)
 
     def draw(self, generator: torch.Generator, part: slice) -> dict[str, Tensor]:
-        """Return images."""
-        return {"image": self.look(generator, part).image(self.preset.image_size)}
+        """Return images, and their numbers."""
+        batch, numbers = self.look_again(generator, part)
+        return {"image": batch.image(self.preset.image_size), **numbers}
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, numbers: Tensor | None = None) -> Tensor:
         """Return the L1 error of the latents."""
-        with torch.no_grad():
-            z = self.teacher(image)
-        return F.l1_loss(self.encoder(image), z)
+        return F.l1_loss(self.encoder(image), self.latents(self.teacher, image, numbers))
 
 
-class DecoderStage(ImageStage):
+class DecoderStage(FrozenEncoderStage):
     """The symmetric decoder and LIIF learn to render any pixel from a latent."""
 
     name = "decoder"
@@ -215,7 +252,8 @@ class DecoderStage(ImageStage):
 
     def draw(self, generator: torch.Generator, part: slice) -> dict[str, Tensor]:
         """Return images, and points of them at a size that is drawn, with their colours."""
-        preset, batch = self.preset, self.look(generator, part)
+        preset = self.preset
+        batch, numbers = self.look_again(generator, part)
         low, high = preset.target_sizes
         high = max(low, min(high, batch.largest or high))
         size = int(torch.randint(low, high + 1, (), generator=generator))
@@ -227,6 +265,7 @@ class DecoderStage(ImageStage):
             "coords": coords,
             "cells": cell((size, size)).expand(len(coords), 2),
             "colors": batch.colors(size, coords),
+            **numbers,
             **(self.posterior_noise(generator, part) if self.joint else {}),
         }
 
@@ -237,12 +276,13 @@ class DecoderStage(ImageStage):
         cells: Tensor,
         colors: Tensor,
         noise: Tensor | None = None,
+        numbers: Tensor | None = None,
     ) -> Tensor:
         """Return the L1 error, with LPIPS of the windows and the divergence where wanted."""
         if self.joint:
             z, divergence = _sample_latent(self.first_stage.encoder(image), noise)
         else:
-            z, divergence = self.first_stage.encode(image), 0.0
+            z, divergence = self.latents(self.first_stage.encode, image, numbers), 0.0
         rgb = self.first_stage.liif.query(self.first_stage.features(z), coords, cells)  # (B, N, 3)
         loss = F.l1_loss(rgb, colors) + self.preset.kl_weight * divergence
         if not self.preset.lpips_weight:

@@ -93,6 +93,22 @@ def test_no_target_is_larger_than_the_pictures():
     assert max(sizes) <= 24 and len(set(sizes)) > 8
 
 
+@pytest.mark.parametrize("limit", [1 << 30, 0])
+def test_a_frozen_encoder_encodes_each_numbered_image_once(limit, monkeypatch):
+    monkeypatch.setattr(first_stage, "REMEMBERED", limit)
+    images = [torch.rand(3, 24, 24, generator=seeded(k)) for k in range(3)]
+    preset = shrunken(target_sizes=(8, 24))
+    decoding = presets.build_first_stage(preset)
+    stage = first_stage.DecoderStage(decoding, whole_source(images), preset, True)
+    encode, encoded = decoding.encode, []
+    monkeypatch.setattr(decoding, "encode", lambda x: encoded.append(x) or encode(x))
+    for k in range(8):
+        drawn = stage.draw(seeded(k), slice(0, stage.batch))
+        z = stage.latents(decoding.encode, drawn["image"], drawn["numbers"])
+        torch.testing.assert_close(z, encode(drawn["image"]), atol=1e-5, rtol=1e-4)
+    assert len(encoded) == (6 if limit else 8 * stage.batch)  # three images and their mirrors
+
+
 @pytest.fixture(params=["scenes", "photos"])
 def batch(request):
     if request.param == "scenes":
