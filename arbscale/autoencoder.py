@@ -8,6 +8,7 @@ the tiny encoder and decoder are those of TAESD (Ollin Boer Bohan, github madeby
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arbscale.coords import Size, Window
+from arbscale.coords import Size, Window, check_size, check_window
 from arbscale.liif import LIIF, InterpolatedLIIF
 
 EPS = 1e-6  # of group normalisation in the first stage
@@ -352,7 +353,9 @@ class FirstStage(nn.Module):
     """Encoder, symmetric decoder and LIIF together.
 
     `features` is slow and wanted once for a latent; `render` is fast and wanted often.
-    `posterior` tells whether the encoder's output holds the moments of a Gaussian.
+    `posterior` tells whether the encoder's output holds the moments of a Gaussian. LIIF has seen no
+    size below `coarsest` image pixels for each latent pixel: such an image is the average of a
+    larger one.
     """
 
     def __init__(
@@ -361,10 +364,11 @@ class FirstStage(nn.Module):
         decoder: SymmetricDecoder,
         liif: LIIF | InterpolatedLIIF,
         posterior: bool = False,
+        coarsest: float = 0.0,
     ):
         super().__init__()
         self.encoder, self.decoder, self.liif = encoder, decoder, liif
-        self.has_posterior = posterior
+        self.has_posterior, self.coarsest = posterior, coarsest
 
     @property
     def factor(self) -> int:
@@ -390,7 +394,14 @@ class FirstStage(nn.Module):
 
     def render(self, features: Tensor, size: int | Size, window: Window | None = None) -> Tensor:
         """Features (B, C, h, w) -> image (B, 3, H, W) of any size; see `LIIF.render`."""
-        return self.liif.render(features, size, window)
+        height, width = size = check_size(size)
+        pixels = min(height / features.shape[-2], width / features.shape[-1])
+        n = math.ceil(self.coarsest / pixels - 1e-6)
+        if n <= 1:
+            return self.liif.render(features, size, window)
+        top, left, *sides = (n * x for x in check_window(window, size))
+        larger = self.liif.render(features, (n * height, n * width), (top, left, *sides))
+        return F.avg_pool2d(larger, n)
 
     def decode(self, z: Tensor, size: int | Size, window: Window | None = None) -> Tensor:
         """Latent (B, c, h, w) -> image (B, 3, H, W) of any size, or a window of it."""

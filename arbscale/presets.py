@@ -362,7 +362,9 @@ def build_first_stage(preset: Preset) -> FirstStage:
     """Build an untrained first stage."""
     options = preset.decoder_attention_levels, preset.groups, preset.padding
     decoder = SymmetricDecoder(*_widths(preset), *options)
-    return FirstStage(build_encoder(preset), decoder, build_head(preset), preset.posterior)
+    encoder, head = build_encoder(preset), build_head(preset)
+    coarsest = preset.target_sizes[0] * encoder.factor / preset.image_size
+    return FirstStage(encoder, decoder, head, preset.posterior, coarsest)
 
 
 def _widths(preset: Preset) -> tuple:

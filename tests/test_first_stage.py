@@ -40,6 +40,23 @@ def test_a_window_is_a_crop():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("size", [(3, 3), (4, 9), (1, 2)])
+def test_what_is_smaller_than_any_target_is_an_average(size):
+    """LIIF alone, asked for pixels larger than it has seen, gives colours of its own."""
+    stage = build(image_size=16, target_sizes=(8, 32))  # f = 2: from one pixel for a latent pixel
+    features = stage.features(stage.encode(image(16, 16)))
+    n = 8 // min(size) + (8 % min(size) > 0)
+    larger = stage.liif.render(features, (n * size[0], n * size[1]))
+    expected = larger.unflatten(3, (-1, n)).unflatten(2, (-1, n)).mean((3, 5))
+    small = stage.render(features, size)
+    torch.testing.assert_close(small, expected, atol=1e-5, rtol=0)
+    top, width = size[0] - 1, size[1] - 1
+    part = stage.render(features, size, (top, 1, 1, width))
+    torch.testing.assert_close(part, small[:, :, top:, 1:], atol=1e-5, rtol=0)
+    assert torch.equal(stage.render(features, (8, 8)), stage.liif.render(features, (8, 8)))
+
+
+@torch.no_grad()
 def test_calls_leave_no_trace():
     """Another picture in between changes nothing."""
     stage = build()
