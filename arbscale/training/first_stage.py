@@ -26,10 +26,13 @@ from arbscale.coords import cell, grid
 from arbscale.data import resize
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset, build_decoder
+from arbscale.training.draws import step_generator
 from arbscale.training.loop import Run, Stage, optimise
+from arbscale.training.pruning import inherit
 from arbscale.training.sources import Batch, Source
 
 POINTS = 1024  # of each target, where LIIF is compared with the ground truth
+EXAMPLES = 32  # images on which the channels of an encoder are weighed
 REMEMBERED = 1 << 30  # bytes of latents that a stage with a frozen encoder keeps
 
 
@@ -59,7 +62,12 @@ def distil_encoder(
     seed: int = 0,
     run: Run | None = None,
 ) -> list[float]:
-    """Train an encoder to give the same latents (B, c, h, w) as its frozen teacher, by L1."""
+    """Train an encoder to give the same latents (B, c, h, w) as its frozen teacher, by L1.
+
+    It starts as the part of the teacher that matters most on the images (`pruning.inherit`).
+    """
+    images = source(EXAMPLES, step_generator(seed, "pruning", 0)).image(preset.image_size)
+    inherit(encoder, teacher, images.to(next(teacher.parameters()).device))
     return optimise(StudentStage(encoder, teacher, source, preset), steps, seed, run)
 
 
