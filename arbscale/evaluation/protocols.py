@@ -67,7 +67,7 @@ _ALL = (
     Protocol("benchmark", "y", 0),  # Set5 and its like
     Protocol("div2k", "rgb", 6),
     Protocol("paper_faces", "rgb", None, low_size=16),
-    Protocol("faces_64", "rgb", None, low_size=64),
+    Protocol("faces_128", "rgb", None, low_size=128),
     Protocol("paper_div2k", "rgb", None, low_size=48, crop=True),
 )
 PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
