@@ -25,7 +25,9 @@ test: .venv/.ready  ## run all tests with coverage, then every notebook against 
 	$(PY) -m pytest --nbval notebooks
 
 lab: .venv/.ready  ## open the notebooks in JupyterLab
-	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m jupyterlab $(ARGS) notebooks
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m jupyterlab \
+		--LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb \
+		--ContentsManager.hide_globs=outputs --ContentsManager.hide_globs=__pycache__ $(ARGS)
 
 notebooks: .venv/.ready  ## execute and save all notebooks, in order
 	$(PY) -m jupyter execute --inplace $(NOTEBOOKS)
