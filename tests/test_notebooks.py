@@ -21,7 +21,7 @@ NAMES = [
     "08_lightweight_transformer",
     "09_train_your_own",
 ]
-FOUND = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+FOUND = sorted(path.stem for path in FOLDER.glob("[0-9]*.ipynb"))
 BOOTSTRAP = f"""# On Colab this installs the package; elsewhere it does nothing.
 import sys
 
