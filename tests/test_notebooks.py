@@ -26,7 +26,7 @@ BOOTSTRAP = f"""# On Colab this installs the package; elsewhere it does nothing.
 import sys
 
 if "google.colab" in sys.modules:
-    %pip install -q "arbscale[notebooks] @ git+https://github.com/{arbscale.REPOSITORY}@{arbscale.BRANCH}"
+    %pip install -q "arbscale @ git+https://github.com/{arbscale.REPOSITORY}@{arbscale.BRANCH}" "anywidget>=0.9.21"
 """  # noqa: E501
 PLACES = r"(?<![\w./-])/(work|root|home|tmp|Users)(?![\w-])"
 
