@@ -18,11 +18,15 @@ demo: .venv/.ready  ## generate and up-sample with the shipped weights; writes o
 	$(PY) -m arbscale demo $(ARGS)
 
 quick: .venv/.ready  ## run all tests but the slow ones, in a minute or two
-	$(PY) -m pytest tests -m "not slow" $(ARGS)
+	$(PY) -m pytest tests -m "not slow and not browser" $(ARGS)
 
 test: .venv/.ready  ## run all tests with coverage, then every notebook against its saved outputs
-	$(PY) -m pytest tests --cov --cov-report=term-missing:skip-covered $(ARGS)
+	$(PY) -m pytest tests -m "not browser" --cov --cov-report=term-missing:skip-covered $(ARGS)
 	$(PY) -m pytest --nbval notebooks
+
+browser: .venv/.ready  ## run all tests in Chromium, every notebook in JupyterLab too, and measure
+	$(PY) -m pytest tests/browser $(ARGS)
+	$(PY) tests/browser/measure.py
 
 lab: .venv/.ready  ## open the notebooks in JupyterLab
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m jupyterlab \

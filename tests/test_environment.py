@@ -203,7 +203,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_carries_the_package_and_its_weights(wheel):
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "arbscale").rglob("*.*")}
-    code = {name for name in code if name.endswith((".py", ".js", ".css"))}
+    code = {name for name in code if name.endswith((".py", ".js", ".css", ".html"))}
     data = ROOT / "data"
     files = {path.relative_to(data) for path in data.rglob("*.*")}
     shipped = {f"arbscale/shipped/{path}" for path in files if path.parts[0] != "in-training"}
