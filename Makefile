@@ -3,13 +3,13 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
-NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
+NOTEBOOKS = $(sort $(wildcard notebooks/[0-9]*.ipynb))
 
 # An environment that the caller has activated must not affect the build.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test lab notebooks lint lock clean
+.PHONY: help demo quick test browser lab page notebooks lint lock clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -18,14 +18,30 @@ demo: .venv/.ready  ## generate and up-sample with the shipped weights; writes o
 	$(PY) -m arbscale demo $(ARGS)
 
 quick: .venv/.ready  ## run all tests but the slow ones, in a minute or two
-	$(PY) -m pytest tests -m "not slow" $(ARGS)
+	$(PY) -m pytest tests -m "not slow and not browser" $(ARGS)
 
 test: .venv/.ready  ## run all tests with coverage, then every notebook against its saved outputs
-	$(PY) -m pytest tests --cov --cov-report=term-missing:skip-covered $(ARGS)
+	$(PY) -m pytest tests -m "not browser" --cov --cov-report=term-missing:skip-covered $(ARGS)
 	$(PY) -m pytest --nbval notebooks
 
+browser: .venv/.ready  ## run all tests in Chromium, every notebook in JupyterLab too, and measure
+	$(PY) -m pytest tests/browser $(ARGS)
+	$(PY) tests/browser/measure.py
+
 lab: .venv/.ready  ## open the notebooks in JupyterLab
-	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m jupyterlab $(ARGS) notebooks
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m jupyterlab \
+		--LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb \
+		--ContentsManager.hide_globs=outputs --ContentsManager.hide_globs=__pycache__ $(ARGS)
+
+# Each visitor has a process of his own. It is started before he comes, may take 3 GB, and ends
+# when the page is closed, or two minutes after the connection was lost. Notebook 7's extension
+# needs a newer JupyterLab than Voila's.
+page: .venv/.ready  ## serve the explorer as a page without code, for several visitors
+	ulimit -d 3000000; PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m voila notebooks/page.ipynb \
+		--preheat_kernel=True --MappingKernelManager.cull_idle_timeout=120 \
+		--MappingKernelManager.cull_interval=30 \
+		--VoilaConfiguration.extension_denylist=@jupyter-notebook/lab-extension \
+		--VoilaConfiguration.extension_denylist=@voila-dashboards/jupyterlab-preview $(ARGS)
 
 notebooks: .venv/.ready  ## execute and save all notebooks, in order
 	$(PY) -m jupyter execute --inplace $(NOTEBOOKS)

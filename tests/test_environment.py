@@ -25,6 +25,12 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"matplotlib": "matplotlib-base", "torch": "pytorch-cpu"}
+# What surely is there. prdc and torch-fidelity 0.4 were not found, and lpips brings OpenCV along.
+CONDA_FORGE = set(
+    "accelerate anywidget diffusers editables hatchling ipywidgets jupyterlab matplotlib-base "
+    "nbval notebook numpy packaging pillow pip pooch pytest pytest-cov python pytorch-cpu pyyaml "
+    "ruff safetensors scikit-image selenium tensorboard torchvision tqdm tyro voila".split()
+)
 SUPPORTED = SpecifierSet(PROJECT["requires-python"])
 PYTHONS = [f"3.{minor}" for minor in range(30) if f"3.{minor}.9" in SUPPORTED]
 
@@ -93,6 +99,12 @@ def conda() -> dict:
 def test_conda_uses_conda_forge_alone_and_installs_the_checkout_last(conda):
     assert conda["channels"] == ["conda-forge", "nodefaults"]
     assert conda["dependencies"][-1]["pip"][-1] == "-e ."
+
+
+def test_conda_asks_conda_forge_for_what_it_has(conda):
+    *lines, last = conda["dependencies"]
+    assert {re.match(r"[\w-]+", line)[0] for line in lines} <= CONDA_FORGE
+    assert not CONDA_FORGE & {re.match(r"[\w-]*", line)[0] for line in last["pip"]}
 
 
 def test_conda_asks_for_the_same_packages_with_the_same_bounds(conda):
@@ -191,7 +203,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_carries_the_package_and_its_weights(wheel):
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "arbscale").rglob("*.*")}
-    code = {name for name in code if name.endswith((".py", ".js", ".css"))}
+    code = {name for name in code if name.endswith((".py", ".js", ".css", ".html"))}
     data = ROOT / "data"
     files = {path.relative_to(data) for path in data.rglob("*.*")}
     shipped = {f"arbscale/shipped/{path}" for path in files if path.parts[0] != "in-training"}

@@ -21,12 +21,12 @@ NAMES = [
     "08_lightweight_transformer",
     "09_train_your_own",
 ]
-FOUND = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+FOUND = sorted(path.stem for path in FOLDER.glob("[0-9]*.ipynb"))
 BOOTSTRAP = f"""# On Colab this installs the package; elsewhere it does nothing.
 import sys
 
 if "google.colab" in sys.modules:
-    %pip install -q "arbscale[notebooks] @ git+https://github.com/{arbscale.REPOSITORY}@{arbscale.BRANCH}"
+    %pip install -q "arbscale @ git+https://github.com/{arbscale.REPOSITORY}@{arbscale.BRANCH}" "anywidget>=0.9.21"
 """  # noqa: E501
 PLACES = r"(?<![\w./-])/(work|root|home|tmp|Users)(?![\w-])"
 

@@ -2,13 +2,14 @@
 
 A browser asks for what it shows next; the kernel renders that window (`view`) of what is explored
 (`subjects`, `sources`) and no more, and does in a `Worker` what takes long. The front is
-`explorer.js`.
+`explorer.html`, `view.js` and `explorer.js`, joined into one module.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import threading
 import time
@@ -41,6 +42,10 @@ MAX_SAVED = 70_000_000  # pixels of a saved PNG: x64 of 128 x 128
 ESTIMATE_SECONDS = 0.25  # at least, between two estimates that are shown while sampling
 
 
+def _file(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
 class ScaleExplorer(anywidget.AnyWidget):
     """Show an image at any scale: zoom in, compare, draw anew, enlarge a photograph of your own.
 
@@ -69,8 +74,14 @@ class ScaleExplorer(anywidget.AnyWidget):
 
     """
 
-    _esm = Path(__file__).with_name("explorer.js")
-    _css = Path(__file__).with_name("explorer.css")
+    _esm = "\n".join(
+        [
+            f"const PAGE = {json.dumps(_file('explorer.html'))};",
+            _file("view.js"),
+            _file("explorer.js"),
+        ]
+    )
+    _css = _file("explorer.css")
 
     left = traitlets.Bytes(b"").tag(sync=True)  # PNG: the rendered window
     right = traitlets.Bytes(b"").tag(sync=True)  # PNG: the same window of what it is compared with
@@ -117,7 +128,6 @@ class ScaleExplorer(anywidget.AnyWidget):
             self._subject = Given(model, features, size, extra).subject()
         self.options = {
             "kind": self.kind,
-            "box": BOX,
             "max_upload": MAX_UPLOAD,
             "samplers": list(SAMPLERS),
             **{name: getattr(self._settings, name) for name in ("seed", "to_seed", "steps")},
@@ -327,6 +337,8 @@ class ScaleExplorer(anywidget.AnyWidget):
         self._run("saving", work)
 
     # Without a kernel -----------------------------------------------------------------------------
+
+    _ipython_display_ = None  # ipywidgets 7, as on Colab, would show itself without an image
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         """Add an image and a line of text for viewers without a kernel."""
