@@ -24,6 +24,7 @@ from arbscale.samplers import Sampling
 
 MAX_PIXELS = 400_000_000  # of an output file; more than an image viewer opens
 MAX_SIDE = 100_000  # pixels
+LARGE = 16_000_000  # pixels; from here on a TIFF file is written in bands
 BATCH, BATCH_PIXELS = 16, 4_000_000  # generated at a time, at most
 Output = Annotated[Path, arg(aliases=["-o"], help="an image file")]
 Model = Annotated[str, arg(help="name or folder")]
@@ -32,10 +33,10 @@ Drawn = Annotated[Sampling, arg(name="")]
 USUAL, SHORT = Sampling(), Sampling(steps=5)
 
 
-def _edge(words: list[str]) -> int | Size:
+def _edge(words: list[str], most: int = MAX_PIXELS) -> int | Size:
     """Read "256" as an integer and "75x100" as a Size."""
     numbers = [int(n) for n in words[0].lower().split("x")]
-    size = _check_size(check_size(numbers[0] if len(numbers) == 1 else tuple(numbers)))
+    size = _check_size(check_size(numbers[0] if len(numbers) == 1 else tuple(numbers)), most)
     return numbers[0] if len(numbers) == 1 else size
 
 
@@ -52,6 +53,7 @@ def _spec(read: Callable[[list[str]], Any]) -> tyro.constructors.PrimitiveConstr
 
 
 Edge = Annotated[int | Size, _spec(_edge)]
+AnySize = Annotated[Size, _spec(lambda words: check_size(_edge(words, MAX_SIDE**2)))]
 
 
 def demo(output: Output = Path("outputs/demo.png"), seed: int = 34) -> None:
@@ -82,27 +84,35 @@ def generate(
     *,
     output: Output,
     number: Annotated[int, arg(aliases=["-n"], help="of images")] = 1,
-    size: Annotated[Size, arg(help="256, or 75x100 (height x width)")] = (256, 256),
+    size: Annotated[AnySize, arg(help="256, or 75x100 (height x width)")] = (256, 256),
     sheet: Annotated[bool, arg(help="write all on one sheet")] = False,
     quality: Quality = output_files.QUALITY,
     sampling: Drawn = USUAL,
 ) -> None:
-    """Generate images from noise at any size; several are numbered."""
+    """Generate images from noise at any size; several are numbered.
+
+    A large TIFF file is written in bands, in little memory; rerun the same command to resume.
+    """
     from arbscale.data import to_pil
     from arbscale.viz import contact_sheet
 
-    _check_output(output, size, quality)
+    bands = output.suffix.lower() in (".tif", ".tiff") and math.prod(size) > LARGE and not sheet
+    _check_output(output, size, quality, MAX_SIDE**2 if bands else MAX_PIXELS)
     if number < 1:
         raise ValueError(f"--number is at least 1, got {number}")
     if sheet:
         _check_size((math.ceil(number / 4) * max(size), 4 * max(size)))
     loaded = ArbitraryScaleModel.load(model).to(pick_device())
-    batch = max(1, min(BATCH, BATCH_PIXELS // (size[0] * size[1])))
+    batch = 1 if bands else max(1, min(BATCH, BATCH_PIXELS // math.prod(size)))
     if number > batch:
         megabytes = 3 * number * size[0] * size[1] / 1e6
         print(f"{number} images, {batch} at a time, at most {megabytes:.0f} MB")
     generator, started, items = sampling.generator(), time.perf_counter(), []
     digits = max(3, len(str(number - 1)))
+
+    def path(i: int) -> Path:
+        return output.with_stem(output.stem + (f"-{i:0{digits}d}" if number > 1 else ""))
+
     with tqdm(unit="step", total=sampling.steps * math.ceil(number / batch)) as bar:
         for first in range(0, number, batch):
             n, before = min(batch, number - first), bar.n
@@ -110,12 +120,16 @@ def generate(
                 "generator": generator,
                 "progress": lambda i, _, n=before: bar.update(n + i - bar.n),
             }
+            if bands:
+                z = loaded.sample(n, **vars(sampling), grid=loaded.latent_grid(size), **more)
+                loaded.render_to(path(first), z, size)
+                print(f"wrote {path(first)} ({size[0]} x {size[1]})")
+                continue
             for i, image in enumerate(loaded.generate(n, size, **vars(sampling), **more), first):
                 if sheet:
                     items.append((image, f"{i}"))
                 else:
-                    stem = output.stem + (f"-{i:0{digits}d}" if number > 1 else "")
-                    _write(to_pil(image), output.with_stem(stem), quality)
+                    _write(to_pil(image), path(i), quality)
             if first == 0 and number > batch:
                 minutes = (time.perf_counter() - started) * (number / batch - 1) / 60
                 print(f"about {minutes:.0f} minutes to go")
@@ -220,17 +234,19 @@ def _shown_by(bar: tqdm) -> Any:
     return progress
 
 
-def _check_output(path: Path, size: Size = (1, 1), quality: int = output_files.QUALITY) -> None:
+def _check_output(
+    path: Path, size: Size = (1, 1), quality: int = output_files.QUALITY, most: int = MAX_PIXELS
+) -> None:
     """Refuse what cannot be written before anything is computed."""
-    output_files.check_output(path, _check_size(size), quality)
+    output_files.check_output(path, _check_size(size, most), quality)
 
 
-def _check_size(size: Size) -> Size:
+def _check_size(size: Size, most: int = MAX_PIXELS) -> Size:
     """Return the size of an image; InputError for one that no viewer opens."""
-    if size[0] * size[1] > MAX_PIXELS or max(size) > MAX_SIDE:
+    if math.prod(size) > most or max(size) > MAX_SIDE:
         raise store.InputError(
             f"{size[0]} x {size[1]} is over {MAX_PIXELS // 10**6} million pixels, or {MAX_SIDE} a "
-            "side; take a smaller scale, or render windows of it from Python"
+            "side; take a smaller scale, or generate a .tif, which may have more pixels"
         )
     return size
 

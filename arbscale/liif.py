@@ -11,23 +11,29 @@ before the MLP in place of the four answers after it, so that the MLP runs once 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arbscale.coords import Size, Window, cell, check_size, check_window, grid
+from arbscale.coords import Size, Window, cell, check_size, check_window, pixel_centres
 
 BLOCK = 2048  # pixels rendered at a time: the widest activations stay in the cache
+WIDTH = 512  # at most, of a block of a grid, which is a few rows high
 TIE = 1e-5  # of a latent pixel: a point on the border belongs to the latent pixel after it
+Axis = list[Tensor]
+"""What a head needs of N positions along one axis: tensors (N, ...)."""
 
 
 class _Head(nn.Module):
     """What both heads share: points and grids in blocks of bounded memory.
 
-    A head prepares a table (B, rows, hidden) from features (B, C, h, w) at cells (B, 2) once, by
-    `_project`, and paints colours (N, 3) at points (N, 2) from one image's table, by `_paint`.
+    A head prepares a table (B, rows, columns, hidden) from features (B, C, h, w) at cells (B, 2)
+    once, by `_project`. From one image's table, and what `_axis` tells of positions along each
+    axis, it paints colours: (N, 3) at points by `_paint`, (H * W, 3) on a grid by `_paint_grid`.
     """
 
     in_channels: int
@@ -54,19 +60,34 @@ class _Head(nn.Module):
             (B, N, 3), about [-1, 1].
 
         """
-        batch, _, h, w = features.shape
+        batch = len(features)
         if coords.ndim != 3 or coords.shape[0] != batch or coords.shape[-1] != 2:
             raise ValueError(f"coords must be ({batch}, N, 2), got {tuple(coords.shape)}")
-        if cells.shape != (batch, 2):
-            raise ValueError(f"cells must be ({batch}, 2), got {tuple(cells.shape)}")
-        table = self._project(features, cells)  # (B, h*w, hidden)
-        block = block or coords.shape[1]
-        return torch.stack(
-            [
-                torch.cat([self._paint(rows, (h, w), part) for part in points.split(block)])
-                for rows, points in zip(table, coords, strict=True)
+        images = []
+        for table, points in zip(self._table(features, cells), coords, strict=True):
+            parts = points.split(block or len(points) or 1)
+            images.append(torch.cat([self._paint(table, *self._axes(table, *p.mT)) for p in parts]))
+        return torch.stack(images)
+
+    def query_grid(
+        self, features: Tensor, y: Tensor, x: Tensor, cells: Tensor, block: int | None = BLOCK
+    ) -> Tensor:
+        """Colours (B, 3, H, W) where rows y (H,) cross columns x (W,), positions in [-1, 1].
+
+        What `query` gives at these points, but what a row or a column shares is computed once.
+        """
+        block = block or len(y) * len(x)
+        across = math.ceil(len(x) / math.ceil(len(x) / min(block, WIDTH)))
+        tables, images = self._table(features, cells), []
+        down = max(1, block // max(across, tables.shape[2]))
+        rows, cols = self._axes(tables[0], y, x)
+        for table in tables:
+            bands = [
+                torch.cat([self._paint_grid(table, band, part) for part in _split(cols, across)], 1)
+                for band in _split(rows, down)
             ]
-        )
+            images.append(torch.cat(bands))  # (H, W, 3)
+        return torch.stack(images).permute(0, 3, 1, 2).contiguous()
 
     def render(
         self,
@@ -81,21 +102,24 @@ class _Head(nn.Module):
         the whole image; `window` is (top, left, height, width) in its pixels; `block` as in
         `query`.
         """
-        size = check_size(size)
-        _, _, height, width = window = check_window(window, size)
-        coords = grid(size, window, features.device).view(1, -1, 2)  # (1, H*W, 2)
-        cells = cell(size, features.device)
-        batch = len(features)
-        rgb = self.query(
-            features, coords.expand(batch, -1, -1), cells.expand(batch, -1), block
-        )  # (B, H*W, 3)
-        return rgb.mT.reshape(batch, 3, height, width)
+        size, device = check_size(size), features.device
+        top, left, height, width = check_window(window, size)
+        y = pixel_centres(size[0], device)[top : top + height]
+        x = pixel_centres(size[1], device)[left : left + width]
+        cells = cell(size, device).expand(len(features), -1)
+        return self.query_grid(features, y, x, cells, block)
 
-    def _check_features(self, features: Tensor) -> None:
+    def _table(self, features: Tensor, cells: Tensor) -> Tensor:
         if features.ndim != 4 or features.shape[1] != self.in_channels:
             raise ValueError(
                 f"features must be (B, {self.in_channels}, h, w), got {tuple(features.shape)}"
             )
+        if cells.shape != (len(features), 2):
+            raise ValueError(f"cells must be ({len(features)}, 2), got {tuple(cells.shape)}")
+        return self._project(features, cells)
+
+    def _axes(self, table: Tensor, y: Tensor, x: Tensor) -> tuple[Axis, Axis]:
+        return tuple(self._axis(at, axis, table) for axis, at in enumerate((y, x)))
 
 
 class LIIF(_Head):
@@ -137,37 +161,42 @@ class LIIF(_Head):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu" if i else "linear")
 
     def _project(self, features: Tensor, cells: Tensor) -> Tensor:
-        """Apply the first layer, but for its offset columns, to the grid: (B, h*w, hidden)."""
-        self._check_features(features)
+        """Apply the first layer, but for its offset columns, to the grid: (B, h, w, hidden)."""
         first = self.layers[0]
         c, (h, w) = self.in_channels, features.shape[-2:]
         bias = first.bias.expand(len(cells), -1)  # (B, hidden)
         if self.cell_decode:
             scaled = cells * cells.new_tensor([h, w])
             bias = bias + scaled.to(features) @ first.weight[:, c + 2 :].mT
-        table = F.linear(features.flatten(2).mT, first.weight[:, :c])  # (B, h*w, hidden)
-        return table + bias[:, None]
+        table = F.linear(features.permute(0, 2, 3, 1), first.weight[:, :c])  # (B, h, w, hidden)
+        return table + bias[:, None, None]
 
-    def _paint(self, table: Tensor, latent_size: Size, coords: Tensor) -> Tensor:
-        """Colours (N, 3) at points (N, 2) from one image's table (h*w, hidden)."""
+    def _axis(self, position: Tensor, axis: int, table: Tensor) -> Axis:
+        """Return the neighbours' indices and the offsets from them, each (N, 1 or 2)."""
         steps = (-0.5, 0.5) if self.local_ensemble else (0.0,)
-        rows, cols = (
-            [_neighbour(coords[:, axis], latent_size[axis], step) for step in steps]
-            for axis in (0, 1)
-        )
+        found = [_neighbour(position, table.shape[axis], step) for step in steps]
+        return [torch.stack(parts, dim=-1) for parts in zip(*found, strict=True)]
+
+    def _paint(self, table: Tensor, rows: Axis, cols: Axis) -> Tensor:
+        """Colours (N, 3) at N points: rows and columns are (N, ...), or broadcast to a grid."""
+        (row, dy), (col, dx) = ([part.unbind(-1) for part in axis] for axis in (rows, cols))
         to_offset = self.layers[0].weight[:, self.in_channels : self.in_channels + 2].mT
         rgb, total = 0.0, 0.0
-        for i, (row, dy) in enumerate(rows):
-            for j, (col, dx) in enumerate(cols):
-                index = row * latent_size[1] + col  # (N,)
-                offset = torch.stack([dy, dx], dim=-1).to(table)  # (N, 2)
-                hidden = torch.addmm(table.index_select(0, index), offset, to_offset)  # (N, hidden)
-                for layer in self.layers[1:]:
-                    hidden = layer(hidden.relu_())
-                opposite = (rows[i - 1][1] * cols[j - 1][1]).abs() + 1e-9  # (N,)
-                rgb = rgb + hidden * opposite[:, None].to(hidden)
-                total = total + opposite[:, None].to(hidden)
+        for i, j in itertools.product(range(len(row)), range(len(col))):
+            offset = torch.stack(torch.broadcast_tensors(dy[i], dx[j]), dim=-1).to(table)
+            hidden = _look(table, row[i], col[j])  # (N, hidden)
+            hidden = torch.addmm(hidden, offset.flatten(0, -2), to_offset)
+            for layer in self.layers[1:]:
+                hidden = layer(hidden.relu_())
+            opposite = ((dy[i - 1] * dx[j - 1]).abs() + 1e-9).view(-1, 1).to(hidden)  # (N, 1)
+            rgb = rgb + hidden * opposite
+            total = total + opposite
         return rgb / total  # (N, 3)
+
+    def _paint_grid(self, table: Tensor, rows: Axis, cols: Axis) -> Tensor:
+        """Colours (H, W, 3); the MLP is so much of the work that the gather hardly counts."""
+        size = len(rows[0]), len(cols[0])
+        return self._paint(table, [part[:, None] for part in rows], cols).view(*size, 3)
 
 
 class InterpolatedLIIF(_Head):
@@ -219,41 +248,58 @@ class InterpolatedLIIF(_Head):
             nn.init.zeros_(layer.bias)
 
     def _project(self, features: Tensor, cells: Tensor) -> Tensor:
-        """Apply the first layer to the grid: (B, finer*h * finer*w, hidden)."""
-        self._check_features(features)
-        table = F.pixel_shuffle(self.first(features), self.finer).flatten(2).mT
+        """Apply the first layer to the grid: (B, finer*h, finer*w, hidden)."""
+        table = F.pixel_shuffle(self.first(features), self.finer).permute(0, 2, 3, 1)
         if self.cell_decode:
             scaled = (cells * cells.new_tensor(features.shape[-2:])).to(features)
-            table = table + F.linear(scaled, self.place.weight[:, -2:])[:, None]
-        return table
+            table = table + F.linear(scaled, self.place.weight[:, -2:])[:, None, None]
+        return table.contiguous()
 
-    def _paint(self, table: Tensor, latent_size: Size, coords: Tensor) -> Tensor:
-        """Colours (N, 3) at points (N, 2) from one image's table."""
-        sides = [n * self.finer for n in latent_size]
-        (top, bottom, y), (left, right, x) = (
-            _between(coords[:, axis], sides[axis]) for axis in (0, 1)
-        )
-        rows = [
-            torch.lerp(
-                table.index_select(0, row * sides[1] + left),
-                table.index_select(0, row * sides[1] + right),
-                x.to(table),
-            )
+    def _axis(self, position: Tensor, axis: int, table: Tensor) -> Axis:
+        """Return the grid pixels before and after, the latter's share, and what the place adds.
+
+        The place within a latent pixel comes as sines and cosines, which a linear layer reads, so
+        its part of y and its part of x are sums that a row and a column have of their own.
+        """
+        before, after, share = _between(position, table.shape[axis])  # (N,), (N,), (N, 1)
+        place = (position + 1) * (math.pi * table.shape[axis] / self.finer)  # latent pixels of 2 pi
+        angles = torch.stack([place * n for n in self.PERIODS], dim=-1)  # (N, periods)
+        code = torch.cat([angles.sin(), angles.cos()], dim=-1).to(table)
+        weight = self.place.weight[:, axis : 4 * len(self.PERIODS) : 2]
+        return [before, after, share.to(table), F.linear(code, weight)]
+
+    def _paint(self, table: Tensor, rows: Axis, cols: Axis) -> Tensor:
+        """Colours (N, 3) at N points."""
+        (top, bottom, y, of_row), (left, right, x, of_column) = rows, cols
+        upper, lower = (
+            torch.lerp(_look(table, row, left), _look(table, row, right), x)
             for row in (top, bottom)
-        ]
-        code = self._code(coords, latent_size).to(table)  # (N, 4 periods)
-        hidden = torch.lerp(*rows, y.to(table)) + F.linear(
-            code, self.place.weight[:, : code.shape[1]]
         )
+        return self._mlp(torch.lerp(upper, lower, y) + of_row + of_column)
+
+    def _paint_grid(self, table: Tensor, rows: Axis, cols: Axis) -> Tensor:
+        """Colours (H, W, 3): the table is interpolated along y, then along x."""
+        (top, bottom, y, of_row), (left, right, x, of_column) = rows, cols
+        upper, lower = (table.index_select(0, row) for row in (top, bottom))
+        lines = torch.lerp(upper, lower, y[:, None]) + of_row[:, None]  # (H, columns, hidden)
+        before, after = (lines.index_select(1, column) for column in (left, right))
+        hidden = before.lerp_(after, x).add_(of_column)  # (H, W, hidden)
+        return self._mlp(hidden.flatten(0, 1)).view(*hidden.shape[:2], 3)
+
+    def _mlp(self, hidden: Tensor) -> Tensor:
         for layer in self.layers:
-            hidden = layer(hidden.relu())
+            hidden = layer(hidden.relu_())
         return hidden  # (N, 3)
 
-    def _code(self, coords: Tensor, latent_size: Size) -> Tensor:
-        """Sines and cosines (N, 4 periods) of a point's place (y, x) within its latent pixel."""
-        place = (coords + 1) * (math.pi * coords.new_tensor(latent_size))  # a latent pixel is 2 pi
-        angles = torch.cat([place * n for n in self.PERIODS], dim=1)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+def _look(table: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    """Return the table's entries (N, hidden) at N rows and columns, which may be broadcast."""
+    return table.flatten(0, 1).index_select(0, (row * table.shape[1] + col).flatten())
+
+
+def _split(axis: Axis, n: int) -> Iterator[Axis]:
+    """Cut what is known of an axis into parts of at most n positions."""
+    return map(list, zip(*(part.split(n) for part in axis), strict=True))
 
 
 def _between(position: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from arbscale.presets import Preset
 from arbscale.samplers import Callback, Sampling
 from arbscale.tiles import Tile, as_floats, blended, noise_field, paint, tiles
 
+BAND = 1_000_000  # pixels of a file that are rendered at a time
 Progress = Callable[[int, int], None]
 """`progress(done, total)` after each denoising step of the whole job."""
 
@@ -241,6 +242,27 @@ class ArbitraryScaleModel(nn.Module):
         """Unscaled latents (B, c, h, w) -> images (B, 3, H, W) in [-1, 1], or a window."""
         self._check_precision()
         return self.first_stage.decode(z, size, window).clamp(-1, 1)
+
+    @torch.no_grad()
+    def render_to(self, path: str | Path, z: Tensor, size: int | Size) -> None:
+        """Write the image of one unscaled latent (1, c, h, w) to a TIFF file, of any size.
+
+        Its rows are rendered and written in bands, in bounded memory, and a call that was stopped
+        is resumed by the same call; see `data.large.write_tiff`.
+        """
+        from arbscale.data.large import write_tiff
+
+        self._check_precision()
+        height, width = size = check_size(size)
+        features = self.first_stage.features(z)  # (1, C, h, w)
+        step = max(1, BAND // width)
+
+        def bands(row: int) -> Iterator[Tensor]:
+            for top in range(row, height, step):
+                window = (top, 0, min(step, height - top), width)
+                yield self.first_stage.render(features, size, window)[0]
+
+        write_tiff(path, size, store.content_key(size, z, module=self.first_stage), bands)
 
     def latent_grid(self, size: Size) -> Size:
         """Return the latent grid (h, w) for an image's aspect ratio, at about the trained area."""
