@@ -24,9 +24,12 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 180  # seconds for what a kernel does, on a machine with other work
-# What the fronts and their servers say in the console, whatever the notebook holds; without a
-# network, Voila's icons and the badges are missing.
-KNOWN = ("favicon", "/api/", "/static/", "/lab/extensions", "preload", "fontawesome", "badge")
+# What the console holds whatever the notebook does: requests of the fronts themselves, a page that
+# is left unsaved, and, without a network, Voila's icons and the notebooks' badges.
+KNOWN = (
+    *("favicon", "/api/", "/static/", "/lab/extensions", "preload"),
+    *("beforeunload", "fontawesome", "badge"),
+)
 DOORS = {
     "lab": "/lab/tree/notebooks/page.ipynb?reset",
     "notebook": "/notebooks/notebooks/page.ipynb",
@@ -94,6 +97,7 @@ def chromium(downloads: Path) -> Iterator[webdriver.Chrome]:
         options, webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
     )
     driver.set_script_timeout(PATIENCE)
+    driver.command_executor.client_config.timeout = 2 * PATIENCE  # for a page whose kernel starts
     driver.downloads = downloads
     try:
         yield driver
