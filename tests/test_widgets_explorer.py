@@ -75,6 +75,7 @@ def test_viewers_without_a_kernel_get_an_image(explorer):
     assert pixels(base64.b64decode(bundle["image/png"])).shape == (420, 420, 3)
     assert "64 x 64 px" in bundle["text/plain"] and " ms" not in bundle["text/plain"]
     assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert not callable(getattr(explorer, "_ipython_display_", None))  # would go before the bundle
 
 
 def test_a_question_is_answered_in_one_message(explorer, monkeypatch):

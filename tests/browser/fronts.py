@@ -24,8 +24,12 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 180  # seconds for what a kernel does, on a machine with other work
-# What the fronts and their servers say in the console, whatever the notebook holds.
-KNOWN = ("favicon", "/api/", "/static/", "/lab/extensions", "Deprecat", "preload", "fontawesome")
+# What the console holds whatever the notebook does: requests of the fronts themselves, a page that
+# is left unsaved, and, without a network, Voila's icons and the notebooks' badges.
+KNOWN = (
+    *("favicon", "/api/", "/static/", "/lab/extensions", "preload"),
+    *("beforeunload", "fontawesome", "badge"),
+)
 DOORS = {
     "lab": "/lab/tree/notebooks/page.ipynb?reset",
     "notebook": "/notebooks/notebooks/page.ipynb",
@@ -57,7 +61,8 @@ def served(target: str, folder: Path, *options: str) -> Iterator[str]:
     finally:
         below = psutil.Process(server.pid).children(recursive=True)
         os.killpg(server.pid, signal.SIGTERM)
-        psutil.wait_procs(below, timeout=30)
+        for process in psutil.wait_procs(below, timeout=10)[1]:
+            process.kill()
 
 
 def _answers(port: int) -> bool:
@@ -92,6 +97,7 @@ def chromium(downloads: Path) -> Iterator[webdriver.Chrome]:
         options, webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
     )
     driver.set_script_timeout(PATIENCE)
+    driver.command_executor.client_config.timeout = 2 * PATIENCE  # for a page whose kernel starts
     driver.downloads = downloads
     try:
         yield driver
@@ -115,6 +121,10 @@ class Front:
             f"return (async (...arguments) => {{ {script} }})(...arguments)", *arguments
         )
 
+    def tried(self, script: str):
+        """As `later`, but None where the script fails."""
+        return self.later(f"try {{ {script} }} catch {{ return null }}")
+
     def until(self, true, seconds: float = PATIENCE):
         return WebDriverWait(self.browser, seconds, poll_frequency=0.1).until(lambda _: true())
 
@@ -122,8 +132,8 @@ class Front:
         """Run every cell; the page has done so by itself."""
         if self.door == "page":
             return
-        status = "return jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status"
-        self.until(lambda: self.run(f"try {{ {status} }} catch {{ return null }}") == "idle")
+        status = "return jupyterapp.shell.currentWidget.sessionContext.session.kernel.status"
+        self.until(lambda: self.tried(status) == "idle")
         self.run("jupyterapp.commands.execute('notebook:run-all-cells')")
 
     def restart(self) -> None:

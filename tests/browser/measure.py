@@ -62,6 +62,7 @@ def main() -> None:
             front = Front(browser, "page", f"{address}/")
             explorer = front.explorer("generate")
             print(f"first image {time.perf_counter() - started:.1f} s after the page was opened")
+            time.sleep(20)  # and the next one's, once he has come
             print("scale  zoom  first image  full density  (ms, medians of 15 moves)")
             for scale, zoom in VIEWS:
                 first, full, side = explorer.run(PAUSE + MOVES, scale, zoom, 15)

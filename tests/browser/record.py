@@ -15,35 +15,26 @@ from fronts import Explorer, Front, chromium, served
 from PIL import Image
 
 MS = 90  # a frame
-HOLD = 10  # frames at rest
+WIDTH = 820  # of the recording
+
+
+WIPE = "x.view.setWipe(0.5 + 0.45 * Math.sin(2 * Math.PI * arguments[0]))"
+# Towards an eye of an aligned face, to x4 at 1.
+ZOOM = """const z = 4 ** arguments[0], s = 4 / 3 * (1 - 1 / z);
+    x.view.look([0.5 - 0.05 * s, 0.5 + 0.17 * s], z)"""
 
 
 def story(explorer: Explorer) -> Iterator[None]:
     """Move one step, and let a frame be taken; end as it began."""
-    x = [-1 + i * 0.25 for i in range(29)]  # log2 of the scale: x0.5 to x64
-
-    def scale(log2: float) -> None:
-        explorer.choose("scale", log2, "input")
-
-    def moves(script: str, n: int) -> Iterator[None]:
-        for i in range(n):
-            explorer.run(script, i / (n - 1))
+    for log2 in range(-4, 17):  # x0.5 to x16
+        explorer.choose("scale", log2 / 4, "input")
+        yield
+    for script, way in [(WIPE, 1), (ZOOM, 1), (WIPE, 1), (ZOOM, -1)]:
+        for i in range(17):
+            explorer.run(script, (i if way > 0 else 16 - i) / 16)
             yield
-
-    for log2 in x[:21]:
-        scale(log2)
-        yield
-    yield from moves("", HOLD)
-    yield from moves("x.view.setWipe(0.5 + 0.45 * Math.sin(2 * Math.PI * arguments[0]))", 18)
-    zoom = "const z = 10 ** arguments[0]; x.view.look([0.5 - 0.12 * (1 - 1 / z), 0.5], z)"
-    yield from moves(zoom, 16)
-    for log2 in x[21:]:
-        scale(log2)
-        yield
-    yield from moves("x.view.setWipe(0.5 + 0.45 * Math.sin(2 * Math.PI * arguments[0]))", 18)
-    yield from moves(zoom.replace("arguments[0]", "(1 - arguments[0])"), 10)
-    for log2 in x[:3:-3]:
-        scale(log2)
+    for log2 in range(14, -4, -2):
+        explorer.choose("scale", log2 / 4, "input")
         yield
 
 
@@ -53,11 +44,12 @@ def main() -> None:
     frames = []
     with tempfile.TemporaryDirectory() as name, served("page", Path(name)) as address:
         with chromium(Path(name)) as browser:
+            browser.set_window_size(WIDTH + 48, 1000)
             explorer = Front(browser, "page", f"{address}/").explorer("generate")
             box = explorer.run("return x.root.getBoundingClientRect()")
             page = explorer.run("return [scrollX, scrollY]")
             clip = {"x": box["x"] + page[0], "y": box["y"] + page[1], "scale": 1}
-            clip |= {"width": min(box["width"], 820), "height": box["height"]}
+            clip |= {"width": min(box["width"], WIDTH), "height": box["height"]}
             for _ in story(explorer):
                 explorer.rest()
                 explorer.run("await new Promise(requestAnimationFrame)")

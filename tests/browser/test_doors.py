@@ -107,10 +107,20 @@ def test_lab_opens_the_quickstart_which_was_never_run_here(browser, notebooks):
     with urllib.request.urlopen(f"{notebooks}/") as answer:
         assert answer.url.endswith("/lab/tree/notebooks/00_quickstart.ipynb")
     first = Front(browser, "lab", f"{answer.url}?reset")
-    assert first.explorer("generate").pixels()[..., 3].min() == 255
-    links = "return [...document.querySelectorAll('.jp-Notebook a')].map((a) => a.href)"
-    [readme, *_] = [href for href in first.run(links) if "README.md" in href]
-    assert first.later("return (await fetch(arguments[0])).status", readme) == 200
+    cells = "const { widgets } = jupyterapp.shell.currentWidget.content;"
+    image = """const is = (w) => w.model.sharedModel.source.startsWith("ScaleExplorer");
+        const image = widgets.find(is).node.querySelector(".jp-OutputArea-output img");
+        await image.decode();
+        image.scrollIntoView();
+        return image.naturalWidth"""
+    first.until(lambda: first.tried(cells + image) == 420)
+    first.shot("quickstart")
+    link = """const last = widgets.at(-1).node;
+        last.scrollIntoView();
+        return last.querySelector("a").href"""
+    first.until(lambda: first.tried(cells + link))
+    href = first.tried(cells + link)
+    assert "README.md" in href
+    assert first.later("return (await fetch(arguments[0])).status", href) == 200
     names = "return (await (await fetch('/api/contents')).json()).content.map((f) => f.name)"
     assert set(first.later(names)) == {"README.md", "notebooks"}
-    first.shot("quickstart")
