@@ -253,6 +253,8 @@ class ArbitraryScaleModel(nn.Module):
         from arbscale.data.large import write_tiff
 
         self._check_precision()
+        if len(z) != 1:
+            raise ValueError(f"a file holds one image, got {len(z)} latents; call once for each")
         height, width = size = check_size(size)
         features = self.first_stage.features(z)  # (1, C, h, w)
         step = max(1, BAND // width)

@@ -42,6 +42,18 @@ def test_generate_writes_one_sheet(run, tmp_path):
     assert not list(tmp_path.glob("all-*"))
 
 
+def test_generate_writes_large_tiff_files_in_bands(run, tmp_path, monkeypatch):
+    words = ("generate", "--size", "30x41", "--steps", 2, "-n", 2, "-o", "a.tif")
+    assert run(*words)[0] == 0
+    small = [np.asarray(Image.open(tmp_path / f"a-00{i}.tif")).astype(int) for i in range(2)]
+    monkeypatch.setattr("arbscale.__main__.LARGE", 1000)
+    assert run(*words)[0] == 0
+    for i, whole in enumerate(small):
+        with Image.open(tmp_path / f"a-00{i}.tif") as image:
+            assert "arbscale" in image.tag_v2[305]  # the program that wrote it
+            assert abs(np.asarray(image) - whole).max() <= 1  # rounding
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "I;16"])
 def test_upscale_takes_a_users_file(run, tmp_path, mode):
     picture = Image.fromarray(gradient().astype("uint16") * 257) if mode == "I;16" else None
@@ -120,6 +132,7 @@ def test_upscale_takes_one_pixel_wide_and_a_size(run, tmp_path):
         (("generate", "--seed", 2**70, "-o", "o.png"), f"{2**70}"),
         (("upscale", "in.png", "--scale", 1e308, "-o", "o.png"), "1e+308"),
         (("upscale", "in.png", "--scale", 1e5, "-o", "o.png"), "1600000"),
+        (("generate", "--size", "30000", "-o", "o.png"), "400 million"),
         (("generate", "-n", 10**9, "--sheet", "-o", "o.png"), "400 million"),
         (("generate", "-o", "in.png/o.png"), "in.png"),
         (("demo", "-o", "o.what"), "o.what"),
@@ -152,6 +165,7 @@ def test_nonsense_gives_one_line_and_a_status(run, tmp_path, monkeypatch, words,
         (("train", "tiny", "--data", "x", "--parts", "nan", 0, 0, "-o", "o"), "nan"),
         (("upscale", "in.png", "--scale", "much", "-o", "o.png"), "much"),
         (("generate", "-n", "few", "-o", "o.png"), "few"),
+        (("generate", "--size", "100001x9", "-o", "o.tif"), "100000"),
         (("generate", "--fly", "-o", "o.png"), "--fly"),
         (("generate",), "--output"),
         (("evaluate", "scenes", "--task", "fly"), "fly"),
@@ -274,11 +288,14 @@ def test_evaluate_says_what_it_cannot_do(run, offline, words, fact):
 
 
 @pytest.mark.slow
-def test_bench_and_table(run, tmp_path, capsys):
+def test_bench_and_table(run, tmp_path, capsys, monkeypatch):
+    for name, value in (("LATENT", (3, 4)), ("SIDES", (8,)), ("LARGER", (40,))):
+        monkeypatch.setattr(f"arbscale.evaluation.bench.{name}", value)
     words = ("--sizes", 16, "20x12", "--steps", 2, "--quick", "-o", "b.json")
     assert main(["bench", "scenes", *map(str, words)]) == 0
     printed = capsys.readouterr().out
-    assert "| 20 x 12 | decoding alone, usual form of LIIF |" in printed and "200 steps" in printed
+    assert "| 20 x 12 | decoding alone |" in printed and "200 steps" in printed
+    assert (tmp_path / "b.png").is_file()
     assert main(["table", "b.json", "b.json"]) == 0
     assert capsys.readouterr().out.count(printed.strip()) == 2
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -65,6 +66,8 @@ def write_tiff(
             why = f" ({stop.strerror or stop})" if isinstance(stop, OSError) else ""
             text = f"{draft} has {min(tiles.done * TILE, size[0])} of {size[0]} rows{why}"
             raise type(stop)(f"{text}; rerun the same command to resume") from None
+        if tiles.done < tiles.rows:
+            raise ValueError(f"the bands of {path} have fewer than its {size[0]} rows")
         store.sync(draft)
         draft.replace(path)
         store.sync(path.parent)
@@ -135,7 +138,7 @@ class _Tiles:
                 tiles = zip(page.dataoffsets, page.databytecounts, strict=True)
                 ends = [place + n for place, n in tiles if place and n]
                 end = max(ends, default=path.stat().st_size)
-        except (OSError, KeyError, tifffile.TiffFileError):
+        except Exception:  # each other file fails in its own way
             return None
         return cls(lists, end, columns, rows, len(ends) // columns)
 
@@ -153,7 +156,7 @@ class _Tiles:
             sizes.append(file.write(data))
         end = file.tell()
         file.flush()
-        store.sync(Path(file.name))
+        os.fsync(file.fileno())
         for (start, code), values in zip(self.lists, (places, sizes), strict=True):
             file.seek(start + self.done * self.columns * struct.calcsize(code))
             file.write(b"".join(struct.pack(code, value) for value in values))

@@ -1,9 +1,10 @@
-"""Speed: images per second, end to end and for decoding alone, beside the usual forms."""
+"""Speed: a model end to end, and ways to render from the same features up to large images."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,14 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arbscale import store
 from arbscale.coords import Size, cell, check_size, grid
-from arbscale.evaluation.reports import header
-from arbscale.liif import LIIF
-from arbscale.model import ArbitraryScaleModel
+from arbscale.evaluation.reports import RATIO, header
+from arbscale.liif import LIIF, InterpolatedLIIF
+from arbscale.model import BAND, ArbitraryScaleModel
 
 CPU = torch.device("cpu")
-AGREEMENT = 1e-4  # largest difference of the two decoders' images
-PAPER_SIZE = (256, 256)  # of the images that a LIIF as large as the paper's renders
+AGREEMENT = 1e-4  # largest difference of two forms' images
+LATENT = (64, 64)  # that all forms render from
+SIDES = (256, 512, 1024)  # pixels; all forms render these
+LARGER = (2048, 4096, 8192, 16384)  # the last form renders these, band by band
+YARDSTICK = "render, released form, 4 x 256"
 
 
 @dataclass(frozen=True)
@@ -61,31 +66,70 @@ def measure(
     """Time a model at several sizes; JSON-able, with the protocol beside the results.
 
     Rows are named tasks: the model end to end; the same with the 200 DDIM steps of the published
-    code, at the first size alone, for it does not depend on the size; decoding alone; and decoding
-    with the usual form of LIIF, whose image is checked against ours (RuntimeError). Last come both
-    forms of a LIIF as large as the paper's.
+    code, at the first size alone, for it does not depend on the size; and decoding alone. Then
+    come the forms of rendering of `_forms`, one image from 64 x 64 features, each with how many
+    times as fast as the released form it is.
     """
     rows = []
-
-    def time(size: Size, tasks: dict[str, Callable[[], Tensor]]) -> None:
+    _reset_peak(model.device)
+    start = _peak(model.device)
+    for i, size in enumerate(map(check_size, sizes)):
+        tasks = {"decoding alone": _decoder(model, size, batch)}
+        for sampler, n in [("dpm_solver_pp", steps), ("ddim", 200)][: 2 if i == 0 else 1]:
+            tasks[f"end to end, {sampler}, {n} steps"] = _whole(model, size, batch, n, sampler)
         for name, task in tasks.items():
             speed = images_per_second(task, batch, seconds, model.device)
             rows.append({"size": list(size), "task": name, **asdict(speed)})
-
-    for i, size in enumerate(map(check_size, sizes)):
-        time(size, _decoders(model, size, batch))
-        for sampler, n in [("dpm_solver_pp", steps), ("ddim", 200)][: 2 if i == 0 else 1]:
-            whole = _whole(model, size, batch, n, sampler)
-            time(size, {f"end to end, {sampler}, {n} steps": whole})
-    time(PAPER_SIZE, _paper_liif(batch, model.device))
+    forms = _forms(model)
+    for side in SIDES:
+        for name, form in forms.items():
+            speed = images_per_second(lambda f=form, n=side: f((n, n)), 1, seconds, model.device)
+            rows.append({"size": [side, side], "task": name, **asdict(speed)})
+            yardstick = next(
+                x for x in rows if x["size"] == [side, side] and x["task"] == YARDSTICK
+            )
+            rows[-1][RATIO] = yardstick["seconds"] / speed.seconds
+    name, form = list(forms.items())[-1]
+    for side in LARGER:
+        speed = _once(lambda n=side: _in_bands(form, (n, n)), model.device)
+        rows.append({"size": [side, side], "task": name, **asdict(speed)})
     protocol = {
         "batch": batch,
         "steps": steps,
         "seconds a row": seconds,
-        "warm-up": "the first call of each row",
+        "warm-up": f"the first call of each row, up to {max(SIDES)} px",
         "precision": "float32",
+        "megabytes before": start,
     }
     return {**header(model, "bench", protocol), "results": rows}
+
+
+def plot(report: dict, path: Path) -> None:
+    """Draw the forms' time and memory over the side of the output, log-log, as a PNG file."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    rows = [row for row in report["results"] if row["task"].startswith("render, ")]
+    for name in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == name]
+        sides = [row["size"][0] for row in own]
+        left.loglog(sides, [row["seconds"] for row in own], "o-", label=name[len("render, ") :])
+        if own[0]["peak_megabytes"] is not None:
+            before = report["protocol"]["megabytes before"]
+            peaks = [max(1, row["peak_megabytes"] - before) for row in own]
+            right.loglog(sides, peaks, "o-")
+    for axes, title in (
+        (left, "seconds per image"),
+        (right, "megabytes, beyond those at the start"),
+    ):
+        axes.set(title=title, xlabel="side of the image in pixels")
+        axes.set_xticks([*SIDES, *LARGER], [f"{n:,}" for n in (*SIDES, *LARGER)], rotation=30)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=9)
+    with store.replacing(path) as draft:
+        figure.savefig(draft, format="png", dpi=110)
+    plt.close(figure)
 
 
 def _whole(
@@ -98,41 +142,74 @@ def _whole(
     return lambda: model.upscale(low, size=size, steps=steps, sampler=sampler)
 
 
-def _decoders(
-    model: ArbitraryScaleModel, size: Size, batch: int
-) -> dict[str, Callable[[], Tensor]]:
-    """Return calls that decode the same latents, by name."""
-    grid_size, channels = model.latent_grid(size), model.preset.latent_channels
-    z = _seeded(torch.randn, batch, channels, *grid_size).to(model.device)
-    stage = model.first_stage
-
-    def naive() -> Tensor:
-        return _naive(stage.liif, stage.features(z), size)
-
-    tasks = {"decoding alone": lambda: stage.decode(z, size)}
-    if model.preset.local_ensemble and model.preset.cell_decode:  # what the usual form has
-        if (naive() - stage.decode(z, size)).abs().max() > AGREEMENT:
-            raise RuntimeError("the two decoders disagree; one of them is broken")
-        tasks["decoding alone, usual form of LIIF"] = naive
-    return tasks
+def _decoder(model: ArbitraryScaleModel, size: Size, batch: int) -> Callable[[], Tensor]:
+    """Return a call that decodes latents."""
+    shape = batch, model.preset.latent_channels, *model.latent_grid(size)
+    z = _seeded(torch.randn, *shape).to(model.device)
+    return lambda: model.first_stage.decode(z, size)
 
 
-def _paper_liif(batch: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:
-    """Return calls that render `PAPER_SIZE` from 64 x 64 x 128 features, four layers of 256."""
-    liif, size = LIIF(128, (256,) * 4).to(device), PAPER_SIZE
-    features = _seeded(torch.randn, batch, 128, 64, 64).to(device)
-    return {
-        "render, LIIF of the paper": lambda: liif.render(features, size),
-        "render, LIIF of the paper, usual form": lambda: _naive(liif, features, size),
+def _forms(model: ArbitraryScaleModel) -> dict[str, Callable[..., Tensor]]:
+    """Return forms that render an image of a size, or a window of it, by name.
+
+    First the arithmetic of the released code at the paper's size; then the exact form of the same
+    LIIF, and heads as wide as the model's, without training: the exact form of LIIF, and the
+    interpolated head, by points, on one thread and as it renders. RuntimeError where two forms of
+    the same head disagree.
+    """
+    hidden, width = model.preset.hidden, model.first_stage.liif.in_channels
+    paper = LIIF(128).to(model.device)
+    exact = LIIF(width, hidden).to(model.device)
+    ours = InterpolatedLIIF(width, hidden, finer=2).to(model.device)
+    wide, own = (_seeded(torch.randn, 1, n, *LATENT).to(model.device) for n in (128, width))
+    layers = f"{len(hidden)} x {hidden[0]}"
+
+    def by_points(size: Size) -> Tensor:
+        coords, cells = grid(size, device=own.device).view(1, -1, 2), cell(size, own.device)
+        return ours.query(own, coords, cells[None]).mT.reshape(1, 3, *size)
+
+    def one_thread(size: Size) -> Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return ours.render(own, size)
+        finally:
+            torch.set_num_threads(before)
+
+    forms = {
+        YARDSTICK: lambda size: naive_render(paper, wide, size),
+        "render, exact LIIF, 4 x 256": lambda size: paper.render(wide, size),
+        f"render, exact LIIF, {layers}": lambda size: exact.render(own, size),
+        f"render, interpolated, {layers}, by points": by_points,
+        f"render, interpolated, {layers}, one thread": one_thread,
+        f"render, interpolated, {layers}": lambda *window: ours.render(own, *window),
     }
+    released, same, _, points, _, dense = (form((48, 80)) for form in forms.values())
+    if max((released - same).abs().max(), (points - dense).abs().max()) > AGREEMENT:
+        raise RuntimeError("two forms of the same head disagree; one of them is broken")
+    return forms
+
+
+def _in_bands(form: Callable[..., Tensor], size: Size) -> None:
+    """Render an image as for a file, without one."""
+    step = max(1, BAND // size[1])
+    for top in range(0, size[0], step):
+        form(size, (top, 0, min(step, size[0] - top), size[1]))
+
+
+def _once(function: Callable[[], object], device: torch.device) -> Speed:
+    """Time a call that needs no second one."""
+    _reset_peak(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - start
+    return Speed(1 / seconds, seconds, 0.0, 1, _peak(device))
 
 
 def _seeded(draw: Callable[..., Tensor], *shape: int) -> Tensor:
     return draw(shape, generator=torch.Generator().manual_seed(0))
-
-
-def _naive(liif: LIIF, features: Tensor, size: Size) -> Tensor:
-    return torch.cat([naive_render(liif, x[None], size) for x in features])
 
 
 def naive_render(liif: LIIF, features: Tensor, size: tuple[int, int]) -> Tensor:

@@ -208,7 +208,7 @@ def bench(
     quick: bool = False,
     output: Output = None,
 ) -> None:
-    """Time a model at each size, end to end and for decoding alone, beside the usual forms.
+    """Time a model at each size, and ways to render up to 16,384 px beside the released form.
 
     Parameters
     ----------
@@ -225,7 +225,7 @@ def bench(
     quick
         Time each row once.
     output
-        A JSON file.
+        A JSON file; time and memory over the size are drawn beside it as PNG.
 
     """
     if not 1 <= batch <= MAX_BATCH:
@@ -234,7 +234,10 @@ def bench(
         raise ValueError(f"bench takes --sizes, and --seconds from 0 on, got {sizes}, {seconds}")
     with _writing(output):
         loaded = ArbitraryScaleModel.load(model).to(pick_device())
-        _report(benchmark.measure(loaded, sizes, batch, steps, 0.0 if quick else seconds), output)
+        report = benchmark.measure(loaded, sizes, batch, steps, 0.0 if quick else seconds)
+        _report(report, output)
+        if output:
+            benchmark.plot(report, output.with_suffix(".png"))
 
 
 def ablate(

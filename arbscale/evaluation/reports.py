@@ -20,6 +20,7 @@ from arbscale.model import ArbitraryScaleModel
 LIBRARIES = ("arbscale", "torch", "torchvision", "numpy", "scikit-image", "lpips", "torch-fidelity")
 METRICS = {"psnr": ("PSNR (dB)", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f")}
 SCORES = ("distance", "precision", "recall")
+RATIO = "times as fast"
 COMPARED = "Denoisers with and without a transformer"
 TITLE = """# Results
 
@@ -230,6 +231,7 @@ def _matrices(consistency: dict) -> list[str]:
 
 def _speed(report: dict) -> list[str]:
     """One row per size and task."""
+    compared = any(RATIO in row for row in report["results"])
     rows = [
         [
             _spell(row["size"]),
@@ -239,10 +241,12 @@ def _speed(report: dict) -> list[str]:
             f"{1000 * row['spread']:.2g}" if row["repeats"] > 1 else "-",
             row["repeats"],
             "-" if row["peak_megabytes"] is None else f"{row['peak_megabytes']:.0f}",
+            *([f"{row[RATIO]:.3g}" if RATIO in row else "-"] if compared else []),
         ]
         for row in report["results"]
     ]
     titles = ["images per second", "ms per call", "quartiles apart, ms", "calls", "peak memory, MB"]
+    titles += [RATIO + " as the released form"] if compared else []
     batch = f"Batch {report['protocol']['batch']}, {report['protocol']['precision']}."
     return [batch, "", *_markdown(["size", "task", *titles], rows)]
 

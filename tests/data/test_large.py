@@ -111,6 +111,12 @@ def test_a_whole_file_of_the_same_content_is_left(image, tmp_path):
     assert np.array_equal(tifffile.imread(path), pixels(-image))
 
 
+def test_bands_that_end_too_early_make_no_file(image, tmp_path):
+    with pytest.raises(ValueError, match="70"):
+        write_tiff(tmp_path / "a.tif", SIZE, "key", lambda row: [image[:, row:50]])
+    assert not (tmp_path / "a.tif").exists()
+
+
 WORKER = """
 import sys, time, torch
 from arbscale.data import large
@@ -124,6 +130,7 @@ large.write_tiff("a.tif", (16 * 1000, 41), "key", bands)
 """
 
 
+@pytest.mark.slow
 def test_kill_loses_one_row_of_tiles_at_most(tmp_path):
     worker = subprocess.Popen(
         [sys.executable, "-c", WORKER], cwd=tmp_path, stdout=subprocess.PIPE, text=True
@@ -160,7 +167,9 @@ def test_a_model_renders_to_a_file_what_it_decodes(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = ArbitraryScaleModel(presets.tiny()).eval()
     monkeypatch.setattr("arbscale.model.BAND", 300)
-    z = model.sample(1, steps=1)
+    z = torch.randn(1, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="2"):
+        model.render_to(tmp_path / "a.tif", z.expand(2, -1, -1, -1), SIZE)
     model.render_to(tmp_path / "a.tif", z, SIZE)
     found = torch.from_numpy(tifffile.imread(tmp_path / "a.tif")).int()
     expected = torch.from_numpy(pixels(model.decode(z, SIZE)[0])).int()

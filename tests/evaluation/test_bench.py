@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
+from PIL import Image
 
 from arbscale import ArbitraryScaleModel, presets
-from arbscale.evaluation import bench
+from arbscale.evaluation import bench, reports
 
 
 def test_images_per_second_counts_the_batch():
@@ -27,36 +30,57 @@ def test_the_peak_is_that_of_the_call_alone():
     assert large > small + 200 and after < large - 200
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """Make all sizes small: the published ones take minutes."""
+    assert (bench.LATENT, bench.SIDES[0], bench.LARGER[-1]) == ((64, 64), 256, 16384)
+    for name, value in (
+        ("LATENT", (3, 4)),
+        ("SIDES", (8, 12)),
+        ("LARGER", (40, 60)),
+        ("BAND", 700),
+    ):
+        monkeypatch.setattr(bench, name, value)
+
+
 @pytest.mark.parametrize("low_size", [None, 8])
-def test_measure_has_every_row(low_size, monkeypatch):
+def test_measure_has_every_row(low_size, small, monkeypatch, tmp_path):
     torch.manual_seed(0)
     model = ArbitraryScaleModel(presets.tiny(low_size)).eval()
     whole = bench._whole
     monkeypatch.setattr(bench, "_whole", lambda m, s, b, n, name: whole(m, s, b, 1, name))
-    assert bench.PAPER_SIZE == (256, 256)
-    monkeypatch.setattr(bench, "PAPER_SIZE", (24, 24))  # the published one takes half a minute
     report = bench.measure(model, [16, (12, 20)], batch=2, seconds=0.001)
-    tasks = [row["task"] for row in report["results"] if row["size"] == [16, 16]]
-    assert [t.split(",")[0] for t in tasks] == ["decoding alone"] * 2 + ["end to end"] * 2
-    assert len(report["results"]) == 4 + 3 + 2
-    assert [row["size"] for row in report["results"][-2:]] == [[24, 24]] * 2  # LIIF of the paper
+    rows = report["results"]
+    tasks = [row["task"] for row in rows if row["size"] == [16, 16]]
+    assert [t.split(",")[0] for t in tasks] == ["decoding alone"] + ["end to end"] * 2
+    forms = [row["task"] for row in rows if row["size"] == [12, 12]]
+    assert len(forms) == len(set(forms)) == 6
+    assert [row["size"] for row in rows if row["task"] == forms[-1]] == [
+        [side, side] for side in (8, 12, 40, 60)
+    ]
+    yardstick, ours = ([r for r in rows if r["task"] == name][1] for name in (forms[0], forms[-1]))
+    assert ours["times as fast"] == yardstick["seconds"] / ours["seconds"]
     assert report["protocol"]["batch"] == 2 and report["machine"]["threads"] >= 1
+    assert "times as fast as the released form" in reports.table(report)
+    bench.plot(report, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "PNG" and image.width > 500
 
 
 @torch.no_grad()
-def test_the_liif_of_the_paper_renders_its_size_in_both_forms(monkeypatch):
-    monkeypatch.setattr(bench, "PAPER_SIZE", (24, 24))
-    ours, usual = (render() for render in bench._paper_liif(1, bench.CPU).values())
-    assert ours.shape == (1, 3, 24, 24)
-    torch.testing.assert_close(ours, usual, rtol=0, atol=bench.AGREEMENT)
+def test_bands_cover_the_image_once(monkeypatch):
+    monkeypatch.setattr(bench, "BAND", 50)
+    windows = []
+    bench._in_bands(lambda size, window: windows.append(window), (11, 20))
+    assert windows == [(top, 0, min(2, 11 - top), 20) for top in range(0, 11, 2)]
 
 
-def test_the_usual_form_must_agree(monkeypatch):
-    model = ArbitraryScaleModel(presets.tiny()).eval()
-    right = bench.naive_render
-    monkeypatch.setattr(bench, "naive_render", lambda *args: right(*args) + 0.01)
+@pytest.mark.parametrize("name", ["naive_render", "InterpolatedLIIF.query"])
+def test_forms_of_one_head_must_agree(small, monkeypatch, name):
+    right = operator.attrgetter(name)(bench)
+    monkeypatch.setattr(f"arbscale.evaluation.bench.{name}", lambda *args: right(*args) + 0.01)
     with pytest.raises(RuntimeError):
-        bench.measure(model, [16], seconds=0.001)
+        bench._forms(ArbitraryScaleModel(presets.tiny()).eval())
 
 
 def test_memory_that_the_system_does_not_tell_is_none(monkeypatch):
