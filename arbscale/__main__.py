@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import torch
 import tyro
@@ -17,9 +17,10 @@ from tyro.conf import Positional, arg
 
 from arbscale import compat, store
 from arbscale.coords import Size, check_size, scaled_size
+from arbscale.data import batches
 from arbscale.data import output as output_files
 from arbscale.evaluation.command import ablate, bench, evaluate, table
-from arbscale.model import ArbitraryScaleModel, pick_device
+from arbscale.model import ArbitraryScaleModel, launched, pick_device
 from arbscale.samplers import Sampling
 
 MAX_PIXELS = 400_000_000  # of an output file; more than an image viewer opens
@@ -30,7 +31,8 @@ Output = Annotated[Path, arg(aliases=["-o"], help="an image file")]
 Model = Annotated[str, arg(help="name or folder")]
 Quality = Annotated[int, arg(help="of JPEG, WebP and AVIF, 1 to 100")]
 Drawn = Annotated[Sampling, arg(name="")]
-USUAL, SHORT = Sampling(), Sampling(steps=5)
+BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
+USUAL, SHORT = Sampling(), Sampling(steps=3)
 
 
 def _edge(words: list[str], most: int = MAX_PIXELS) -> int | Size:
@@ -92,6 +94,7 @@ def generate(
     """Generate images from noise at any size; several are numbered.
 
     A large TIFF file is written in bands, in little memory; rerun the same command to resume.
+    Processes that accelerate or torchrun launched together make a share each.
     """
     from arbscale.data import to_pil
     from arbscale.viz import contact_sheet
@@ -102,9 +105,14 @@ def generate(
         raise ValueError(f"--number is at least 1, got {number}")
     if sheet:
         _check_size((math.ceil(number / 4) * max(size), 4 * max(size)))
+    rank, ranks = launched()
+    if sheet and rank:  # one process makes all
+        return
     loaded = ArbitraryScaleModel.load(model).to(pick_device())
     batch = 1 if bands else max(1, min(BATCH, BATCH_PIXELS // math.prod(size)))
-    if number > batch:
+    starts = range(0, number, batch)
+    share = starts if sheet else starts[rank::ranks]
+    if number > batch and not rank:
         megabytes = 3 * number * size[0] * size[1] / 1e6
         print(f"{number} images, {batch} at a time, at most {megabytes:.0f} MB")
     generator, started, items = sampling.generator(), time.perf_counter(), []
@@ -113,9 +121,12 @@ def generate(
     def path(i: int) -> Path:
         return output.with_stem(output.stem + (f"-{i:0{digits}d}" if number > 1 else ""))
 
-    with tqdm(unit="step", total=sampling.steps * math.ceil(number / batch)) as bar:
-        for first in range(0, number, batch):
+    with tqdm(unit="step", total=sampling.steps * len(share), disable=rank > 0) as bar:
+        for first in starts:
             n, before = min(batch, number - first), bar.n
+            if first not in share:
+                _pass_over(loaded, n, size, sampling, generator)
+                continue
             more = {
                 "generator": generator,
                 "progress": lambda i, _, n=before: bar.update(n + i - bar.n),
@@ -130,17 +141,26 @@ def generate(
                     items.append((image, f"{i}"))
                 else:
                     _write(to_pil(image), path(i), quality)
-            if first == 0 and number > batch:
-                minutes = (time.perf_counter() - started) * (number / batch - 1) / 60
+            if first == 0 and len(share) > 1:
+                minutes = (time.perf_counter() - started) * (len(share) - 1) / 60
                 print(f"about {minutes:.0f} minutes to go")
     if sheet:
         _write(contact_sheet(items, columns=4, box=max(size)), output, quality)
 
 
+def _pass_over(
+    model: ArbitraryScaleModel, n: int, size: Size, sampling: Sampling, generator: torch.Generator
+) -> None:
+    """Draw from a generator what n images take that another process makes."""
+    shape = (model.preset.latent_channels, *model.latent_grid(size))
+    z = torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
+    sampling.run(lambda z, t: torch.zeros_like(z), z, model.schedule, generator)
+
+
 def upscale(
-    image: Annotated[Positional[Path], arg(help="an image file: JPEG, PNG, ...")],
+    images: Annotated[Positional[tuple[Path, ...]], arg(help="image files, or folders of them")],
     *,
-    output: Output,
+    output: Annotated[Path, arg(aliases=["-o"], help="an image file; a folder for several images")],
     model: Model = "photos",
     scale: Annotated[float | None, arg(help="a positive number such as 3.7")] = None,
     size: Annotated[
@@ -148,26 +168,69 @@ def upscale(
     ] = None,
     quality: Quality = output_files.QUALITY,
     sampling: Drawn = SHORT,
+    precision: Annotated[
+        Literal["auto", "float32"], arg(help="auto: bfloat16 where it is faster")
+    ] = "auto",
 ) -> None:
-    """Enlarge an image by any factor or to any size: give --scale or --size."""
-    from arbscale.data.images import open_image, to_upright
+    """Enlarge images by any factor or to any size: give --scale or --size.
 
+    Several images keep their names, in the folder --output. An image that cannot be used is named
+    and left out. Rerun the same command to resume: what it has finished is left as it is. Processes
+    that accelerate or torchrun launched together make a share each.
+    """
     if (scale is None) == (size is None):
         raise ValueError("give either --scale, such as 3.7, or --size, such as 480x640")
-    _check_output(output, quality=quality)
-    with open_image(image) as opened:
+    pairs = batches.targets(images, output)
+    for target in {target.suffix: target for _, target in pairs}.values():
+        _check_output(target, quality=quality)
+    loaded = ArbitraryScaleModel.load(model).to(pick_device())
+    options = {**vars(sampling), "precision": precision}
+    facts = [file["sha256"] for file in loaded.manifest["files"]], scale, size, quality, options
+    finished = batches.Finished(facts) if pairs[0][1] != output else None
+    factor = size if scale is None else scale
+    rank, ranks = launched()
+    share, left_out = pairs[rank::ranks], []
+    with tqdm(total=len(share), bar_format=BAR, disable=rank > 0) as bar:
+        for i, (source, target) in enumerate(share):
+            if not (finished and finished.holds(source, target)):
+                try:
+                    low, to_size, exif = _read(source, target, factor, quality)
+                except (ValueError, FileNotFoundError) as error:
+                    if not finished:
+                        raise
+                    left_out.append(str(source))
+                    bar.write(f"left out: {error}", file=sys.stderr)
+                else:
+                    shown = _shown_by(bar, i)
+                    large = loaded.upscale(low, size=to_size, **options, progress=shown)
+                    output_files.write_image(large, target, quality, exif)
+                    if finished:
+                        finished.add(source, target)
+                    bar.write(f"wrote {target} ({large.height} x {large.width})")
+            bar.update(i + 1 - bar.n)
+    if left_out:
+        raise store.InputError(f"{len(left_out)} images were left out: {', '.join(left_out[:3])}")
+
+
+def _read(
+    source: Path, target: Path, factor: float | Size, quality: int
+) -> tuple[Any, Size, bytes]:
+    """Return an image as PIL has it, upright, the size that it is enlarged to, and its EXIF.
+
+    `factor` is a scale, the longer side in pixels (an integer), or the size.
+    """
+    from arbscale.data.images import open_image, to_upright
+
+    with open_image(source) as opened:
         low, notes = to_upright(opened)
         exif = output_files.kept_exif(opened)
-    if isinstance(size, int):
-        scale, size = size / max(low.size), None
-    size = size or scaled_size((low.height, low.width), scale)
-    _check_output(output, size, quality)
+    if isinstance(factor, int):
+        factor = factor / max(low.size)
+    size = factor if isinstance(factor, tuple) else scaled_size((low.height, low.width), factor)
+    _check_output(target, size, quality)
     if notes:
-        print(f"{image}: {'; '.join(notes)}")
-    loaded = ArbitraryScaleModel.load(model).to(pick_device())
-    with tqdm(unit="step") as bar:
-        large = loaded.upscale(low, size=size, **vars(sampling), progress=_shown_by(bar))
-    _write(large, output, quality, exif)
+        tqdm.write(f"{source}: {'; '.join(notes)}")
+    return low, size, exif
 
 
 def train(words: Positional[tuple[str, ...]]) -> None:
@@ -224,14 +287,9 @@ def download(
     print(downloads.TERMS[name])
 
 
-def _shown_by(bar: tqdm) -> Any:
-    """Return a `progress(done, total)` that moves the bar."""
-
-    def progress(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return progress
+def _shown_by(bar: tqdm, before: int) -> Any:
+    """Return a `progress(done, total)` of one image for a bar of several; `before` are done."""
+    return lambda done, total: bar.update(before + done / total - bar.n)
 
 
 def _check_output(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from arbscale.coords import Size, Window, check_size, check_window
 from arbscale.liif import LIIF, InterpolatedLIIF
+from arbscale.unet import attend
 
 EPS = 1e-6  # of group normalisation in the first stage
 
@@ -69,6 +70,8 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over all positions, (B, C, h, w) -> (B, C, h, w)."""
 
+    window: int | None = None  # side of what a position reads, where it is not all
+
     def __init__(self, channels: int, groups: int = 32):
         super().__init__()
         self.norm = _norm(channels, groups)
@@ -80,8 +83,8 @@ class Attention(nn.Module):
         """Let every position read from every other one."""
         h = self.norm(x)
         # Contiguous, or PyTorch falls back to a form that holds all (h*w)^2 weights.
-        q, k, v = (f(h).flatten(2).mT.contiguous() for f in (self.q, self.k, self.v))  # (B, h*w, C)
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, h*w, C)
+        qkv = (f(h).flatten(2).mT.contiguous()[:, None] for f in (self.q, self.k, self.v))
+        h = attend(*qkv, tuple(x.shape[-2:]), self.window)[:, 0]  # (B, h*w, C)
         return x + self.out(h.mT.reshape(x.shape))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,34 @@ from arbscale.coords import Size, Window, check_size, scaled_size
 from arbscale.diffusion import Denoiser
 from arbscale.presets import Preset
 from arbscale.samplers import Callback, Sampling
-from arbscale.tiles import Tile, as_floats, blended, noise_field, paint, tiles
+from arbscale.tiles import Tile, as_floats, blend, blended, noise_field, paint, tiles
+from arbscale.unet import computing, limit_attention, pick_precision
 
 BAND = 1_000_000  # pixels of a file that are rendered at a time
 Progress = Callable[[int, int], None]
 """`progress(done, total)` after each denoising step of the whole job."""
 
+OVERLAP = 12  # input pixels that neighbouring tiles share, at most a quarter of a tile
+LARGEST = 2**25  # bytes of the encoder's widest activation of a tile, in float32
+
+
+def launched() -> tuple[int, int]:
+    """Return which process this is of how many that accelerate or torchrun launched together."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
 
 def pick_device() -> torch.device:
-    """Return the fastest device there is: CUDA, Apple's MPS, or the CPU."""
+    """Return the fastest device there is: CUDA (of several processes to each its own), MPS, CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        return torch.device("cuda", own) if launched()[1] > 1 else torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 class ArbitraryScaleModel(nn.Module):
     """First stage, denoiser and schedule, built from a preset; untrained until loaded or trained.
 
-    It computes in float32. Its methods run without autograd; its parts are differentiable, as the
+    Its weights are float32. Its methods run without autograd; its parts are differentiable, as the
     alignment of the denoiser with the decoder needs.
 
     Attributes
@@ -57,6 +68,9 @@ class ArbitraryScaleModel(nn.Module):
         self.first_stage = presets.build_first_stage(preset)
         self.denoiser = presets.build_denoiser(preset)
         self.schedule = presets.build_schedule(preset)
+        if preset.low_size:  # a photograph may be far larger than the training's crops
+            for part in (self.first_stage, self.denoiser):
+                limit_attention(part, 2 * preset.latent_size)
         self.scale_factor = _positive(scale_factor)
         self.manifest = manifest or {}
 
@@ -127,15 +141,18 @@ class ArbitraryScaleModel(nn.Module):
         scale: float | None = None,
         size: int | Size | None = None,
         seed: int = 0,
-        steps: int = 5,
+        steps: int = 3,
         sampler: str = "dpm_solver_pp",
         tile: int | None = None,
         progress: Progress | None = None,
+        precision: str = "float32",
     ) -> Any:
         """Enlarge an image to any size, tile by overlapping tile.
 
-        Beyond the image and its latent, the memory is bounded by the tile. Raises RuntimeError for
-        a generator, ValueError for an image, scale or size that makes no sense.
+        Beyond the image and its latent, the memory is bounded by the tile. Another tile changes
+        little: noise and attention's reach do not depend on it, but group normalisation sees
+        another part of the image. Raises RuntimeError for a generator, ValueError for an image,
+        scale or size that makes no sense.
 
         Parameters
         ----------
@@ -145,11 +162,15 @@ class ArbitraryScaleModel(nn.Module):
         scale, size
             One of the two: a positive factor, or the output's (height, width).
         seed, steps, sampler
-            As in `samplers.Sampling`.
+            As in `samplers.Sampling`; the first step is half-way, from the input under noise.
         tile
-            Side of a tile in pixels of the input; by default twice the training's `low_size`.
+            Side of a tile in pixels of the input; by default the largest for which an activation
+            of the encoder takes `LARGEST` bytes, at least twice the training's `low_size`.
         progress
             Called after each step of each tile.
+        precision
+            "float32", or "auto" for the networks in bfloat16 where that is faster; see
+            `pick_precision`. The sampler, the head and back-projection stay in float32.
 
         Returns
         -------
@@ -175,7 +196,9 @@ class ArbitraryScaleModel(nn.Module):
             ]
             options = scale, size, seed, steps, sampler, tile
             pairs = zip(image, inner, strict=True)
-            return torch.stack([self.upscale(one, *options, report) for one, report in pairs])
+            return torch.stack(
+                [self.upscale(x, *options, report, precision) for x, report in pairs]
+            )
         low, alpha = (image, None) if isinstance(image, Tensor) else open_upright(image)[:2]
         low = to_tensor(fill_clear(low, alpha))  # (3, h, w)
         low = low.cpu() if low.device.type == "mps" else low  # which lacks antialiased resampling
@@ -183,16 +206,19 @@ class ArbitraryScaleModel(nn.Module):
             raise ValueError("give either scale, such as 3.7, or size, such as (480, 640)")
         size = scaled_size(low.shape[-2:], scale) if size is None else check_size(size)
         spans = self.tiles(low.shape[-2:], tile)
-        z = self._sample_tiles(low, spans, sampling, progress)
+        dtype = pick_precision(precision, self.device)
+        z = self._sample_tiles(low, spans, sampling, progress, dtype)
         keep_float = isinstance(image, Tensor) and image.is_floating_point()
-        dtype = torch.float32 if keep_float else torch.uint8
         latents = ((span, z[span.latent(self.zoom)]) for span in spans)
-        return _like(self.paint(low, size, latents, dtype), image, alpha)
+        kind = torch.float32 if keep_float else torch.uint8
+        return _like(self.paint(low, size, latents, kind, dtype), image, alpha)
 
     def tiles(self, size: Size, side: int | None = None) -> list[Tile]:
-        """Cut an input of `size` into tiles; `side` in its pixels, by default twice `low_size`."""
-        side = side or 2 * self.preset.low_size
-        return list(tiles(size, side, overlap=side // 4))
+        """Cut an input of `size` into tiles; `side` in its pixels, by default as for `upscale`."""
+        p = self.preset
+        wide = 4 * p.channels * p.image_size**2 / p.low_size**2  # bytes per pixel of the input
+        side = side or max(2 * p.low_size, math.isqrt(int(LARGEST / wide)))
+        return list(tiles(size, side, overlap=min(OVERLAP, side // 4)))
 
     @property
     def zoom(self) -> float:
@@ -200,20 +226,31 @@ class ArbitraryScaleModel(nn.Module):
         return self.preset.image_size / self.preset.low_size / self.preset.factor
 
     def _sample_tiles(
-        self, low: Tensor, spans: list[Tile], sampling: Sampling, progress: Progress | None
+        self,
+        low: Tensor,
+        spans: list[Tile],
+        sampling: Sampling,
+        progress: Progress | None,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Return the unscaled latent (1, c, h', w') of an image (3, h, w), tile by tile."""
-        denoisers = []
+        conditions, denoisers = [], []
         for span in spans:
             place = span.latent(self.zoom)
             grid = tuple(part.stop - part.start for part in place[1:])
-            condition = self.condition(as_floats(span.cut(low))[None].to(self.device), grid)
-            denoisers.append((place, self.denoise(condition)))
+            part = as_floats(span.cut(low))[None].to(self.device)
+            part = part.contiguous(memory_format=torch.channels_last)  # convolutions are faster
+            with computing(self.device, dtype):
+                condition = self.condition(part, grid).float()
+            conditions.append((place, condition))
+            denoisers.append((place, self.denoise(condition, dtype)))
         done, total = itertools.count(1), sampling.steps * len(spans)
         denoise = blended(denoisers, progress and (lambda: progress(next(done), total)))
         size = tuple(max(place[axis].stop for place, _ in denoisers) for axis in (1, 2))
         noise = noise_field(sampling.seed, self.preset.latent_channels, (0, 0), size)[None]
-        return self._sample(denoise, noise, sampling, sampling.generator("injected noise"))
+        guess = blend(conditions, noise.to(self.device))
+        generator = sampling.generator("injected noise")
+        return self._sample(denoise, noise, sampling, generator, guess=guess)
 
     def paint(
         self,
@@ -221,9 +258,10 @@ class ArbitraryScaleModel(nn.Module):
         size: Size,
         latents: Iterable[tuple[Tile, Tensor]],
         dtype: torch.dtype = torch.float32,
+        features_dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Decode tiles' latents into one image that agrees with `low`; see `tiles.paint`."""
-        return paint(self.first_stage, low, size, latents, dtype)
+        return paint(self.first_stage, low, size, latents, dtype, features_dtype)
 
     @torch.no_grad()
     def condition(self, low: Tensor, grid: Size | None = None) -> Tensor:
@@ -272,15 +310,19 @@ class ArbitraryScaleModel(nn.Module):
         stretch = math.sqrt(size[0] / size[1])
         return max(1, round(side * stretch)), max(1, round(side / stretch))
 
-    def denoise(self, condition: Tensor | None = None) -> Denoiser:
+    def denoise(
+        self, condition: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Denoiser:
         """Return `denoise(z_t, t)`, which gives the noise, with the condition filled in.
 
+        The network computes in `dtype`, float32 or bfloat16, between float32 latents and noise.
         A denoiser that predicts v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho
         2022) is read as eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t.
         """
 
         def noise(z: Tensor, t: Tensor) -> Tensor:
-            out = self.denoiser(z, t, condition)  # (B, c, h, w)
+            with computing(z.device, dtype):
+                out = self.denoiser(z, t, condition).to(z)  # (B, c, h, w)
             if self.preset.prediction == "eps":
                 return out
             alpha_bar = self.schedule.at(t, z)
@@ -295,10 +337,19 @@ class ArbitraryScaleModel(nn.Module):
         sampling: Sampling,
         generator: torch.Generator,
         callback: Callback | None = None,
+        guess: Tensor | None = None,
     ) -> Tensor:
-        """Return the unscaled latents that sampling from `noise` (B, c, h, w) leads to."""
-        start = noise.to(self.device) * self.preset.noise_level
-        return sampling.run(denoise, start, self.schedule, generator, callback) / self.scale_factor
+        """Return the unscaled latents that sampling from `noise` (B, c, h, w) leads to.
+
+        With a `guess` at the scaled latents it starts half-way, from that under noise, as Meng et
+        al. 2022 (SDEdit) do.
+        """
+        z, first = noise.to(self.device) * self.preset.noise_level, self.schedule.steps - 1
+        if guess is not None:
+            first = min(first, max(first // 2, sampling.steps - 1))
+            z = self.schedule.add_noise(guess, torch.tensor([first]), z)
+        options = generator, callback, first
+        return sampling.run(denoise, z, self.schedule, *options) / self.scale_factor
 
     def save(self, path: str | Path, half: bool = False) -> None:
         """Write weights and manifest into the folder `path`; `half` stores float16."""

@@ -216,10 +216,15 @@ class Sampling:
         schedule: NoiseSchedule,
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
+        first: int | None = None,
     ) -> Tensor:
-        """Run the sampler on the grid of steps that suits it; ValueError for unknown names."""
+        """Run the sampler on the grid of steps that suits it; ValueError for unknown names.
+
+        `first` is the step whose noise `z` has, by default the schedule's last.
+        """
         sampler = get_sampler(self.sampler)
-        timesteps = spaced_timesteps(schedule.steps, self.steps, POWERS.get(self.sampler, 1.0))
+        total = schedule.steps if first is None else first + 1
+        timesteps = spaced_timesteps(total, self.steps, POWERS.get(self.sampler, 1.0))
         return sampler(denoise, z, schedule, timesteps, generator=generator, callback=callback)
 
 

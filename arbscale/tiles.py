@@ -23,10 +23,13 @@ from torch import Tensor
 from arbscale.autoencoder import FirstStage
 from arbscale.coords import Size, Window
 from arbscale.diffusion import Denoiser
+from arbscale.liif import LIIF, InterpolatedLIIF
+from arbscale.unet import computing
 
 Place = tuple[EllipsisType, slice, slice]
 """Which rows and columns of a tensor (..., h, w) something is."""
 
+STRIP = 1 << 18  # output pixels of a tile that are rendered at a time
 NOISE_BLOCK = 32  # latent pixels per side that share one stream of random numbers
 
 
@@ -62,18 +65,21 @@ class Tile:
             and their cell (2,) in the tile's units.
 
         """
+        window, y, x, cells = self.axes(low_size, size)
+        return window, torch.cartesian_prod(y, x), cells
+
+    def axes(self, low_size: Size, size: Size) -> tuple[Window, Tensor, Tensor, Tensor]:
+        """Return what `points` does, but the coordinates of rows (H,) and of columns (W,)."""
         axes, starts, cells = [], [], []
         for low, high, n, total in zip(
             (self.top, self.left), (self.bottom, self.right), low_size, size, strict=True
         ):
             centres = (torch.arange(total, dtype=torch.float64) + 0.5) * (n / total)
             inside = (centres >= low) & (centres < high)
-            axes.append((centres[inside] - low) * (2 / (high - low)) - 1)
+            axes.append(((centres[inside] - low) * (2 / (high - low)) - 1).float())
             starts.append(int(inside.float().argmax()))
             cells.append(2 * n / total / (high - low))
-        coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(-1, 2)
-        window = (*starts, len(axes[0]), len(axes[1]))
-        return window, coords.float(), torch.tensor(cells)
+        return (*starts, len(axes[0]), len(axes[1])), *axes, torch.tensor(cells)
 
 
 def as_floats(image: Tensor) -> Tensor:
@@ -181,6 +187,7 @@ def paint(
     size: Size,
     latents: Iterable[tuple[Tile, Tensor]],
     dtype: torch.dtype = torch.float32,
+    features_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Decode the latents of overlapping tiles into one image that agrees with `low`.
 
@@ -199,6 +206,8 @@ def paint(
         Tiles of the input in their order, each with its unscaled latent (1, c, h', w').
     dtype
         float32, or uint8 for a quarter of the memory.
+    features_dtype
+        What the decoder computes in, float32 or bfloat16; the rest is float32.
 
     Returns
     -------
@@ -207,7 +216,8 @@ def paint(
 
     """
     out = torch.empty(3, *size, dtype=dtype, device=low.device)
-    bands = _decoded(first_stage, low, size, latents)
+    features = _features(first_stage, latents, features_dtype)
+    bands = _decoded(first_stage.liif, low, size, features)
     if _enlarges(size, low.shape[-2:]):
         bands = _back_projected(bands, low, size)
     top = 0
@@ -219,14 +229,26 @@ def paint(
     return out
 
 
+def _features(
+    first_stage: FirstStage, latents: Iterable[tuple[Tile, Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[Tile, Tensor]]:
+    for tile, z in latents:
+        with computing(z.device, dtype):
+            found = first_stage.features(z.contiguous(memory_format=torch.channels_last))
+        yield tile, found.to(z)
+
+
 def _decoded(
-    first_stage: FirstStage, low: Tensor, size: Size, latents: Iterable[tuple[Tile, Tensor]]
+    liif: LIIF | InterpolatedLIIF,
+    low: Tensor,
+    size: Size,
+    tiles: Iterable[tuple[Tile, Tensor]],
 ) -> Iterator[Tensor]:
-    """Yield the image that tiles decode to, in bands (3, rows, width) from top to bottom."""
+    """Yield the image of tiles with their features, in bands (3, rows, width), from the top."""
     band, first = torch.empty(3, 0, size[1], device=low.device), 0  # painted from row `first` on
-    for _, row in itertools.groupby(latents, key=lambda part: part[0].top):
-        for tile, z in row:
-            window, coords, cells = tile.points(low.shape[-2:], size)
+    for _, row in itertools.groupby(tiles, key=lambda part: part[0].top):
+        for tile, features in row:
+            window, y, x, cells = tile.axes(low.shape[-2:], size)
             top, left, height, width = window
             if not height or not width:
                 continue
@@ -236,11 +258,12 @@ def _decoded(
                 kept = band[:, top - first :]
                 new = torch.empty(3, height - kept.shape[1], size[1], device=low.device)
                 band, first = torch.cat([kept, new], dim=1), top
-            features = first_stage.features(z)
-            points = coords[None].to(features), cells[None].to(features)
-            rgb = first_stage.liif.query(features, *points)[0].mT.to(band)  # (3, N)
-            local = (top - first, left, height, width)
-            paste(band, rgb.reshape(3, height, width), local, coords, tile)
+            for rows in torch.arange(height).split(max(1, STRIP // width)):
+                coords = torch.cartesian_prod(y[rows], x)  # (N, 2)
+                places = (part.to(features) for part in (y[rows], x, cells[None]))
+                rgb = liif.query_grid(features, *places)[0].to(band)  # (3, rows, width)
+                local = (top - first + int(rows[0]), left, len(rows), width)
+                paste(band, rgb, local, coords, tile)
     yield band
 
 

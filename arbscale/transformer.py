@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from arbscale import coords
 from arbscale.coords import Size
-from arbscale.unet import run, timestep_embedding, with_condition
+from arbscale.unet import attend, run, timestep_embedding, with_condition
+
+Near = tuple[Size | None, int | None]
+"""Tokens' grid (rows, columns), and the window that attention reads, as `attend` takes them."""
 
 LONGEST = 100.0  # period of the slowest rotation in units of 2 pi tokens; latent grids are small
 
@@ -74,20 +77,22 @@ class TokenBlock(nn.Module):
         self.widen = nn.Linear(width, 2 * hidden)
         self.narrow = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, modulation: Tensor, angles: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, modulation: Tensor, angles: Tensor, near: Near = (None, None)
+    ) -> Tensor:
         """Add what attention and MLP find.
 
         Takes tokens (B, N, width), time's modulation (B, 6, width) and `rotary_angles` (N, D/2).
         """
         shift, scale, gate, *rest = (modulation + self.modulation)[:, :, None].unbind(1)
-        x = x + (1 + gate) * self._attend(_modulated(x, shift, scale), angles)
+        x = x + (1 + gate) * self._attend(_modulated(x, shift, scale), angles, near)
         shift, scale, gate = rest  # (B, 1, width) each
         return x + (1 + gate) * self._mlp(_modulated(x, shift, scale))
 
-    def _attend(self, x: Tensor, angles: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, angles: Tensor, near: Near = (None, None)) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D) each
-        h = F.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v)
+        h = attend(rotate(q, angles), rotate(k, angles), v, *near)
         return self.out(h.transpose(1, 2).flatten(2))  # (B, N, width)
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -117,6 +122,8 @@ class LatentTransformer(nn.Module):
 
     """
 
+    window: int | None = None  # side of what a position reads, where it is not all
+
     def __init__(
         self, channels: int, time_dim: int, width: int, blocks: int, merge: int, head_channels: int
     ):
@@ -138,8 +145,9 @@ class LatentTransformer(nn.Module):
         tokens = self.embed(tokens)  # (B, N, width)
         modulation = self.time(F.silu(time)).unflatten(-1, (6, -1))  # (B, 6, width)
         angles = rotary_angles(grid, self.head_channels, x.device)
+        near = grid, self.window and max(1, self.window // self.merge)
         for block in self.blocks:
-            tokens = block(tokens, modulation, angles)
+            tokens = block(tokens, modulation, angles, near)
         found = self.out(self.out_norm(tokens))  # (B, N, channels * merge^2)
         return x + spread_tokens(found, grid, self.merge, tuple(x.shape[-2:]))
 
@@ -165,6 +173,8 @@ class TransformerDenoiser(nn.Module):
         As for `unet.UNet`.
 
     """
+
+    window: int | None = None  # side of what a position reads, where it is not all
 
     def __init__(
         self,
@@ -204,11 +214,12 @@ class TransformerDenoiser(nn.Module):
         time = self.time(timestep_embedding(t, self.width).to(h))  # (B, width)
         modulation = self.modulation(F.silu(time)).unflatten(-1, (6, -1))  # (B, 6, width)
         angles = rotary_angles(grid, self.head_channels, h.device)
+        near = grid, self.window and max(1, self.window // self.merge)
         kept, half = [], len(self.skips)
         for i, block in enumerate(self.blocks):
             if i >= len(self.blocks) - half:
                 h = self.skips[i - len(self.blocks)](torch.cat([h, kept.pop()], dim=-1))
-            h = run(self, block, h, modulation, angles)
+            h = run(self, block, h, modulation, angles, near)
             if i < half:
                 kept.append(h)
         h = self.out(self.norm(h))  # (B, N, c * merge^2)

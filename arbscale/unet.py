@@ -7,12 +7,15 @@ The layout is that of Dhariwal and Nichol 2021 in the form that latent diffusion
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from arbscale.coords import Size
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -21,6 +24,37 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
     angles = t[:, None].float() * frequencies  # (B, half)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, grid: Size | None = None, window: int | None = None
+) -> Tensor:
+    """Let each position of a grid (h, w) read from all, or from those around it: (B, heads, N, D).
+
+    Where a side is longer than `window`, the positions go in rectangles of at most two thirds of
+    it, and each rectangle reads the `window` rows and columns around it. So the cost grows with N,
+    and no position reads from farther than in a network that was trained on grids of that size.
+    """
+    if window is None or grid is None or max(grid) <= window:
+        return F.scaled_dot_product_attention(q, k, v)
+    q, k, v = (x.unflatten(2, grid) for x in (q, k, v))  # (B, heads, h, w, D)
+    out = torch.empty_like(v)
+    for rows, near_rows in _windows(grid[0], window):
+        for columns, near_columns in _windows(grid[1], window):
+            asked = q[:, :, rows, columns]
+            near = (x[:, :, near_rows, near_columns].flatten(2, 3) for x in (k, v))
+            found = F.scaled_dot_product_attention(asked.flatten(2, 3), *near)
+            out[:, :, rows, columns] = found.unflatten(2, asked.shape[2:4])
+    return out.flatten(2, 3)
+
+
+def _windows(n: int, window: int) -> Iterator[tuple[slice, slice]]:
+    """Cut n positions into even spans; yield each with the `window` positions around it."""
+    count = 1 if n <= window else math.ceil(n / max(1, 2 * window // 3))
+    edges = [round(i * n / count) for i in range(count + 1)]
+    for start, stop in zip(edges, edges[1:], strict=False):
+        first = max(0, min((start + stop - window) // 2, n - window))
+        yield slice(start, stop), slice(first, min(n, first + window))
 
 
 class ResidualBlock(nn.Module):
@@ -48,6 +82,8 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over all positions, (B, C, h, w) -> (B, C, h, w)."""
 
+    window: int | None = None  # side of what a position reads, where it is not all
+
     def __init__(self, channels: int, head_channels: int):
         super().__init__()
         if channels % head_channels:
@@ -66,7 +102,7 @@ class Attention(nn.Module):
         """Let every position read from every other one; `time` is not used."""
         h = self.norm(x).flatten(2).mT  # (B, h*w, C)
         q, k, v = self.qkv(h).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, h*w, head_channels)
+        h = attend(q, k, v, tuple(x.shape[-2:]), self.window)  # (B, heads, h*w, head_channels)
         h = self.out(h.transpose(1, 2).flatten(2))  # (B, h*w, C)
         return x + h.mT.reshape(x.shape)
 
@@ -194,6 +230,39 @@ class UNet(nn.Module):
                 h = F.interpolate(h, size=skips[-1].shape[-2:], mode="nearest")
                 h = self.grow[i](h)
         return self.conv(F.silu(self.norm(h)))  # (B, c, h, w)
+
+
+def limit_attention(network: nn.Module, window: int) -> None:
+    """Give each attention in a network a `window` of so many latent pixels; see `attend`."""
+    for module in network.modules():
+        if hasattr(module, "window"):
+            module.window = max(1, window)
+    if isinstance(network, UNet):
+        limit_attention(network.middle, window >> len(network.shrink))
+        for level, parts in enumerate(zip(network.down, reversed(network.up), strict=True)):
+            for part in parts:
+                limit_attention(part, window >> level)
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype:
+    """Return what networks compute in: bfloat16 for "auto" on a device made for it, else float32.
+
+    Devices made for it are processors with AVX-512 BF16 or AMX, and GPUs from NVIDIA's Ampere on.
+    ValueError for anything but "auto" and "float32".
+    """
+    if precision not in ("auto", "float32"):
+        raise ValueError(f"precision is 'auto' or 'float32', got {precision!r}")
+    fast = {
+        "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+    }
+    has_it = precision == "auto" and fast.get(device.type, bool)()
+    return torch.bfloat16 if has_it else torch.float32
+
+
+def computing(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Return a context in which networks compute in bfloat16, or for float32 as they would."""
+    return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
 
 def with_condition(z_t: Tensor, condition: Tensor | None, channels: int) -> Tensor:

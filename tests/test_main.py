@@ -78,7 +78,8 @@ def test_upscale_says_what_it_converts_and_keeps_exif(run, tmp_path, capsys, mon
     exif[274], exif[272] = 6, "a camera"
     Image.fromarray(gradient()).save(tmp_path / "in.png", exif=exif)
     said = []
-    monkeypatch.setattr("builtins.print", lambda *words, **options: said.append(str(words)))
+    write = staticmethod(lambda text, **options: said.append(text))
+    monkeypatch.setattr("tqdm.std.tqdm.write", write)
     words = ("--size", 32, "--steps", 1, "--quality", 60, "-o", "out.jpg")
     assert run("upscale", "in.png", *words)[0] == 0
     assert any("in.png" in line and "EXIF" in line and "grey" in line for line in said)
@@ -89,6 +90,47 @@ def test_upscale_says_what_it_converts_and_keeps_exif(run, tmp_path, capsys, mon
     assert run("upscale", "in.png", "--size", "9x31", "--steps", 1, "-o", "out.jpg")[0] == 0
     with Image.open(tmp_path / "out.jpg") as out:
         assert out.size == (31, 9) and out.quantization[0][0] < coarse[0][0]
+
+
+def test_upscale_takes_a_folder_and_resumes(run, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for i, name in enumerate(("a.png", "b.jpg", "c.png")):
+        Image.fromarray(gradient() // (i + 1)).save(tmp_path / "in" / name)
+    (tmp_path / "in/bad.png").write_text("no image")
+    upscaled, original = [], ArbitraryScaleModel.upscale
+
+    def counted(self, low, **options):
+        upscaled.append(low.size)
+        return original(self, low, **options)
+
+    monkeypatch.setattr(ArbitraryScaleModel, "upscale", counted)
+    words = ("upscale", "in", "--scale", 2, "--steps", 1, "-o", "out")
+    status, said = run(*words)
+    assert status == 2 and "bad.png" in said.splitlines()[-1] and "1 " in said.splitlines()[-1]
+    written = sorted(path.name for path in (tmp_path / "out").glob("*.*") if path.is_file())
+    assert written == ["a.png", "b.jpg", "c.png"] and len(upscaled) == 3
+    kept = (tmp_path / "out/c.png").read_bytes()
+    (tmp_path / "out/a.png").unlink()
+    Image.fromarray(gradient()).save(tmp_path / "in/bad.png")
+    assert run(*words)[0] == 0
+    assert len(upscaled) == 5  # what was missing, and what had been bad
+    assert (tmp_path / "out/c.png").read_bytes() == kept
+    assert run(*words, "--seed", 1)[0] == 0 and len(upscaled) == 9
+    assert run("upscale", "in/a.png", "--scale", 2, "--steps", 1, "-o", "one.png")[0] == 0
+    assert (tmp_path / "one.png").is_file()
+
+
+def test_a_full_disk_stops_a_folder(run, tmp_path, monkeypatch):
+    """It is not a bad image: what follows would fail, too."""
+    for name in ("a.png", "b.png"):
+        Image.fromarray(gradient()).save(tmp_path / name)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("arbscale.data.output.write_image", full)
+    status, said = run("upscale", "a.png", "b.png", "--scale", 2, "--steps", 1, "-o", "out")
+    assert status == 2 and "No space left" in said.splitlines()[-1] and "left out" not in said
 
 
 def test_upscale_takes_one_pixel_wide_and_a_size(run, tmp_path):

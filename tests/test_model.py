@@ -13,8 +13,9 @@ import arbscale
 from arbscale import presets
 from arbscale.data.images import to_uint8
 from arbscale.model import ArbitraryScaleModel
-from arbscale.samplers import SAMPLERS
-from arbscale.tiles import tiles
+from arbscale.samplers import SAMPLERS, Sampling
+from arbscale.tiles import noise_field, tiles
+from arbscale.unet import pick_precision
 
 
 def build(low_size: int | None = None, **changes) -> ArbitraryScaleModel:
@@ -439,10 +440,58 @@ def test_every_part_sees_a_tile_at_most():
     assert len(seen["encoder"]) > 20
 
 
-def test_the_default_tile_is_twice_the_training_s():
-    model = local()
-    model.upscale(picture(40, 20), scale=1, steps=1)
-    assert set(model.denoiser.seen) == {(32, 32)}  # 16 px of input
+def test_the_default_tile_is_bounded_by_the_encoders_widest_activation(monkeypatch):
+    model, image = local(), picture(40, 20)
+    model.upscale(image, scale=1, steps=1)
+    assert model.denoiser.seen == [(80, 40)]  # in one piece
+    for limit, side in ((4 * 32 * (4 * 18) ** 2, 18), (1, 16)):  # 32 channels, 4 px per input pixel
+        monkeypatch.setattr("arbscale.model.LARGEST", limit)
+        model.denoiser.seen.clear()
+        model.upscale(image, scale=1, steps=1)
+        assert set(model.denoiser.seen) == {(2 * side, 2 * side)}
+
+
+def test_tiles_overlap_by_what_a_pixel_depends_on():
+    for side, overlap in ((16, 4), (48, 12), (100, 12)):
+        spans = build(8).tiles((8, side + 3 * (side - overlap)), side)
+        assert [span.over_left for span in spans] == [0] + 3 * [overlap]
+
+
+def test_attention_reads_twice_the_training_s_grid():
+    """In tokens, which are 2 x 2 positions here, half as many."""
+    model = build(8, denoiser="unet_transformer", unet_multipliers=(1,))
+    reach = {
+        "encoder": model.first_stage.encoder.middle[1].window,
+        "decoder": model.first_stage.decoder.middle[1].window,
+        "denoiser": model.denoiser.middle.window,
+    }
+    assert set(reach.values()) == {32}  # of latents of 16 x 16
+    assert build().first_stage.decoder.middle[1].window is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_precision(upscaler, device, monkeypatch):
+    """bfloat16 is taken where the processor has it, and changes little."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    auto = pick_precision("auto", torch.device(device))
+    assert auto == (torch.bfloat16 if device == "cpu" else torch.float32)
+    assert pick_precision("float32", torch.device(device)) == torch.float32
+    with pytest.raises(ValueError, match="float16"):
+        upscaler.upscale(picture(9, 7), 2, precision="float16")
+    exact, fast = (upscaler.upscale(picture(9, 7), 2, precision=p) for p in ("float32", "auto"))
+    assert exact.dtype == fast.dtype == torch.float32
+    assert 0 < (exact - fast).abs().mean() < 0.05
+
+
+def test_enlarging_starts_half_way_from_the_input():
+    """With a denoiser that finds no noise, one step gives the input's latent under noise."""
+    model, low = build(8), picture(8, 8)
+    model.denoise = lambda *_: lambda z, t: torch.zeros_like(z)
+    z = model._sample_tiles(low, model.tiles((8, 8)), Sampling(steps=1), None) * 1.3
+    alpha_bar = model.schedule.alpha_bar[499]
+    noise = noise_field(0, 3, (0, 0), (16, 16)) * model.preset.noise_level
+    expected = model.condition(low[None]) + ((1 - alpha_bar) / alpha_bar).sqrt() * noise
+    torch.testing.assert_close(z, expected.float())
 
 
 def test_reducing_through_tiles_that_hold_no_pixel():

@@ -279,6 +279,19 @@ def test_what_paint_holds_does_not_grow_with_the_image(monkeypatch):
         assert 16 * 3 < max(heights) < 45 * 3
 
 
+def test_a_tile_is_rendered_in_strips(monkeypatch):
+    expected, seen = painted(photograph(40, 31), (93, 80), 16), []
+    original = Flat.query
+    monkeypatch.setattr(tiles_module, "STRIP", 200)
+    monkeypatch.setattr(
+        Flat,
+        "query",
+        lambda self, z, x, cells: seen.append(x.shape[1]) or original(self, z, x, cells),
+    )
+    assert torch.equal(painted(photograph(40, 31), (93, 80), 16), expected)
+    assert max(seen) <= 200 and sum(seen) >= 93 * 80
+
+
 def test_bytes():
     low = torch.full((3, 20, 20), 0.5)
     flat = [(tile, torch.full((1, 3, 4, 4), 0.5)) for tile in tiles((20, 20), 8, 2)]

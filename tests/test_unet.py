@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from arbscale.unet import Attention, ResidualBlock, UNet, timestep_embedding
+from arbscale.unet import (
+    Attention,
+    ResidualBlock,
+    UNet,
+    attend,
+    limit_attention,
+    timestep_embedding,
+)
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -115,3 +122,53 @@ def test_attention_by_hand():
         heads.append(torch.softmax(q @ k.T / 32**0.5, dim=1) @ v)
     mixed = layer.out(torch.cat(heads, dim=1)).T.reshape(1, 64, 2, 3)
     torch.testing.assert_close(layer(x, None), x + mixed, atol=1e-5, rtol=1e-5)
+
+
+# Windows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [6, 9, 2, 1])
+@pytest.mark.parametrize("grid", [(20, 13), (5, 31), (7, 7), (1, 40)], ids=str)
+def test_a_window_lies_around_each_position(grid, window):
+    """Seen by queries that ask for nothing: the mean of what each position reads."""
+    height, width = grid
+    n = height * width
+    q, v = torch.zeros(1, 1, n, 4), torch.eye(n)[None, None]
+    seen = attend(q, q, v, grid, window)[0, 0].view(height, width, height, width) > 0
+    sides = min(height, window), min(width, window)
+    assert (seen.flatten(2).sum(-1) == sides[0] * sides[1]).all()
+    for (i, j), reads in ((p, seen[p]) for p in [(0, 0), (height // 2, width // 3), (-1, -1)]):
+        at = i % height, j % width
+        for axis, m in enumerate(grid):
+            lines = reads.any(1 - axis).nonzero().flatten()
+            first, last = int(lines[0]), int(lines[-1])
+            assert last - first + 1 == sides[axis] and first <= at[axis] <= last
+            reach = window // 6 - 1  # a rectangle is two thirds of the window
+            assert first == 0 or at[axis] - first >= reach
+            assert last == m - 1 or last - at[axis] >= reach
+
+
+def test_a_grid_inside_the_window_is_read_as_a_whole():
+    q, k, v = (noise(2, 3, 30, 8, seed=i) for i in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    for window in (None, 6):
+        assert torch.equal(attend(q, k, v, (5, 6), window), expected)
+    assert (attend(q, k, v, (5, 6), 5) - expected).abs().max() > 1e-3
+
+
+def test_windows_are_differentiable():
+    q, k, v = (noise(1, 1, 24, 4, seed=i).double().requires_grad_() for i in range(3))
+    assert torch.autograd.gradcheck(lambda *x: attend(*x, (4, 6), 3), (q, k, v))
+
+
+@torch.no_grad()
+def test_a_limited_network_reads_no_farther(unet):
+    """Its convolutions aside; and what fits into the windows is as it was."""
+    limited = awake(UNet(3, channels=64, multipliers=(1, 1, 2), blocks=1, attention_levels=(1,)))
+    limited.load_state_dict(unet.state_dict())
+    limit_attention(limited, 16)
+    windows = [m.window for m in limited.modules() if isinstance(m, Attention)]
+    assert sorted(set(windows)) == [4, 8]  # at half and at a quarter of the latent's size
+    small, wide = noise(2, 3, 16, 13), noise(2, 3, 8, 90)
+    torch.testing.assert_close(limited(small, STEPS), unet(small, STEPS))
+    assert (limited(wide, STEPS) - unet(wide, STEPS)).abs().max() > 1e-4

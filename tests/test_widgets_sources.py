@@ -37,6 +37,13 @@ def generator():
     return ArbitraryScaleModel(presets.tiny()).eval()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def several_tiles():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("arbscale.model.LARGEST", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def enlarger():
     return arbscale.load("photos")

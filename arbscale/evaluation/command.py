@@ -17,13 +17,15 @@ from arbscale.coords import Size
 from arbscale.evaluation import Partial, ablation, get_protocol, reports, sets
 from arbscale.evaluation import bench as benchmark
 from arbscale.evaluation.features import fingerprint, image_name
-from arbscale.model import ArbitraryScaleModel, pick_device
+from arbscale.evaluation.resume import wait_for_all
+from arbscale.model import ArbitraryScaleModel, launched, pick_device
 from arbscale.samplers import Sampling
+from arbscale.unet import pick_precision
 
 MAX_BATCH = 100_000  # of bench
 Output = Annotated[Path | None, arg(aliases=["-o"])]
 
-ARITHMETIC = 1
+ARITHMETIC = 2
 """Part of what names finished pieces; one more for each change of the code that changes numbers."""
 
 
@@ -44,9 +46,10 @@ class Options:
     protocol: str = "whole"  # whole, benchmark, div2k, paper_faces ...
     features: str = "encoder"  # of the distances: encoder, alexnet, vgg16, or inception (FID)
     allow_few: bool = False  # FID of fewer than 2048 images
-    steps: int | None = None  # denoising steps; default 20, 5 to upscale
+    steps: int | None = None  # denoising steps; default 20, 3 to upscale
     sampler: str = "dpm_solver_pp"  # or ddim, or ddpm
     seed: int = 0  # decides everything
+    precision: Literal["auto", "float32"] = "float32"  # to upscale; auto: bfloat16 where faster
     output: Output = None  # a JSON file
 
     def count(self, default: int) -> int:
@@ -77,13 +80,19 @@ class Options:
 
 
 def evaluate(options: Annotated[Options, arg(name="")]) -> None:
-    """Score a model and its baselines on unseen images; print a table, write JSON."""
+    """Score a model and its baselines on unseen images; print a table, write JSON.
+
+    Processes that accelerate or torchrun launched together compute a share each.
+    """
     with _writing(options.output):
         _evaluate(options)
 
 
 def _evaluate(options: Options) -> None:
-    started = time.perf_counter()
+    started, (rank, ranks) = time.perf_counter(), launched()
+    if ranks > 1 and not options.output:
+        raise ValueError("several processes share their pieces beside the output; add -o FILE.json")
+    wait_for_all()  # they meet before the work, whose shares take different times
     model = ArbitraryScaleModel.load(options.model).to(pick_device())
     task = options.task or ("upscale" if model.preset.low_size else "reconstruct")
     run = _generation if task == "generate" else _pairs
@@ -93,8 +102,10 @@ def _evaluate(options: Options) -> None:
         hint = "rerun the same command" if options.output else "next time, add -o"
         raise KeyboardInterrupt(f"stopped; {hint} to resume") from None
     report["timing"] = {"seconds": round(time.perf_counter() - started, 3)}
-    _report(report, options.output)
-    partial.finish()
+    wait_for_all()
+    if rank == 0:
+        _report(report, options.output)
+        partial.finish()
 
 
 def _data(options: Options, model: ArbitraryScaleModel) -> str:
@@ -117,17 +128,21 @@ def _pairs(options: Options, model: ArbitraryScaleModel, task: str) -> tuple[dic
         raise ValueError(f"{data}, {split} has {len(images)} images, fewer than {n}")
     rule, sampling = (
         get_protocol(options.protocol),
-        options.sampling(5 if task == "upscale" else 20),
+        options.sampling(3 if task == "upscale" else 20),
     )
     with_lpips = evaluation.lpips_or_why_not()
     choices = evaluation.pair_protocol(rule, images, task, n, sampling, with_lpips)
+    if task == "upscale":
+        dtype = pick_precision(options.precision, model.device)
+        choices["precision"] = str(dtype).removeprefix("torch.")
     report = reports.header(model, task, {"data": data, "split": split, **choices})
     partial = options.partial(report, fingerprint(images))
 
     def rows(index: int, scale: float) -> evaluation.Rows:
         if task == "reconstruct":
             return evaluation.reconstruction_rows(model, images, index, scale, rule)
-        return evaluation.upscaling_rows(model, images[index], scale, rule, sampling, index)
+        how = sampling, index, options.precision
+        return evaluation.upscaling_rows(model, images[index], scale, rule, *how)
 
     names = functools.partial(image_name, images)
     args = rows, rule, options.scales, n, partial, with_lpips, names
@@ -175,7 +190,8 @@ def _writing(path: Path | None) -> contextlib.AbstractContextManager:
         raise ValueError(f"{path}: name a JSON file, such as results/{path.stem or 'scores'}.json")
     if path:
         store.check_writable(path)
-    return store.locked(path) if path else contextlib.nullcontext()
+    own = path and launched()[0] == 0  # of several processes that were launched together
+    return store.locked(path) if own else contextlib.nullcontext()
 
 
 def _report(report: dict, output: Path | None) -> None:

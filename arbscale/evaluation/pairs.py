@@ -8,13 +8,12 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from arbscale import metrics
 from arbscale.coords import Size, scaled_size
 from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
 from arbscale.evaluation.protocols import Protocol, eight_bits
-from arbscale.evaluation.resume import Partial
+from arbscale.evaluation.resume import Partial, shared
 from arbscale.model import ArbitraryScaleModel
 from arbscale.samplers import Sampling
 from arbscale.tiles import Tile, back_project
@@ -91,11 +90,13 @@ def upscaling_rows(
     rule: Protocol,
     sampling: Sampling,
     index: int = 0,
+    precision: str = "float32",
 ) -> Rows:
     """Reduce a photograph (3, H, W) as the protocol says, then enlarge it again.
 
     The ceiling encodes the photograph itself instead of sampling its latent, tile by tile. It and
     ours are back-projected; so is one bicubic baseline, to show what that step alone gives.
+    `precision` is that of ours, as in `model.upscale`.
     """
     low, high = rule.pair(image, scale, index)
     factor = model.preset.image_size // model.preset.low_size
@@ -112,7 +113,7 @@ def upscaling_rows(
         "truth": high[None],
         "bicubic": bicubic[None],
         "bicubic, back-projected": back_project(bicubic, low).clamp(-1, 1)[None],
-        "ours": model.upscale(low, size=size, **asdict(sampling))[None],
+        "ours": model.upscale(low, size=size, **asdict(sampling), precision=precision)[None],
         "first stage (ceiling)": model.paint(low, size, encodings)[None],
     }
 
@@ -156,10 +157,11 @@ def evaluate_pairs(
     results: dict[str, dict] = {}
     for scale in dict.fromkeys(scales):
         spelt = spell(scale)
-        scores = [
-            partial.numbers(f"x{spelt}-{i:06d}", lambda i=i, s=scale: scored(i, s))
-            for i in tqdm(range(n), desc=f"x{spelt}", unit="image")
-        ]
+
+        def kept(index: int, scale: float = scale, spelt: str = spelt) -> dict:
+            return partial.numbers(f"x{spelt}-{index:06d}", lambda: scored(index, scale))
+
+        scores = shared(kept, range(n), f"x{spelt}", "image")
         results[spelt] = {
             method: {name: sum(s[method][name] for s in scores) / n for name in values}
             for method, values in scores[0].items()

@@ -7,14 +7,18 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from arbscale import store
+from arbscale.model import launched
+
+T, Item = TypeVar("T"), TypeVar("Item")
 
 FACTS = "facts.json"
 
@@ -55,6 +59,29 @@ class Partial:
         shutil.rmtree(self.folder)
         with contextlib.suppress(OSError):  # not empty
             self.folder.parent.rmdir()
+
+
+def shared(
+    piece: Callable[[Item], T], items: Sequence[Item], what: str, unit: str = "batch"
+) -> list[T]:
+    """Return `piece(item)` of each item, with a progress bar.
+
+    Processes that were launched together compute a share each, and then read what the others have
+    kept: `piece` takes it from one `Partial`.
+    """
+    rank, ranks = launched()
+    bar = tqdm(items[rank::ranks], desc=what, unit=unit, disable=rank > 0)
+    mine = {i: piece(item) for i, item in zip(range(rank, len(items), ranks), bar, strict=True)}
+    wait_for_all()
+    return [mine[i] if i in mine else piece(item) for i, item in enumerate(items)]
+
+
+def wait_for_all() -> None:
+    """Wait until all processes that were launched together are here."""
+    if launched()[1] > 1:
+        from arbscale.training import process_state
+
+        process_state().wait_for_everyone()
 
 
 def kept_tensors(

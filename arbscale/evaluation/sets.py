@@ -21,7 +21,7 @@ from arbscale.evaluation.distances import (
 )
 from arbscale.evaluation.features import Extractor, extractor, image_name, reference_features
 from arbscale.evaluation.protocols import centre_crop, eight_bits
-from arbscale.evaluation.resume import Partial
+from arbscale.evaluation.resume import Partial, shared
 from arbscale.metrics import NEIGHBOURS, frechet_distance, precision_recall, self_ssim
 from arbscale.model import ArbitraryScaleModel
 from arbscale.samplers import Sampling
@@ -178,8 +178,7 @@ def evaluate_generation(job: Job, partial: Partial) -> dict:
     """
     job, device = replace(job, partial=partial), job.model.device
     networks = {name: extractor(name, device) for name in dict.fromkeys(FEATURES[job.features])}
-    for start in batch_starts(job.n, "sampling"):
-        job.latents(start)
+    shared(job.latents, range(0, job.n, BATCH), "sampling")
     sizes = [size for size in job.sizes if _has_reference(job, size)]
     return {
         "rows": [row for size in sizes for row in _rows(job, size, networks)],
@@ -250,10 +249,10 @@ def _seen(job: Job, size: Size, method: str, networks: dict[str, Extractor]) -> 
         batch = images(start)
         return {name: network(batch) for name, network in networks.items()}
 
-    parts = [
-        job.partial.tensors(f"{spell}-{method.split()[0]}-{start:06d}", lambda i=start: see(i))
-        for start in batch_starts(count, f"{spell}, {method}")
-    ]
+    def kept(start: int) -> dict[str, Tensor]:
+        return job.partial.tensors(f"{spell}-{method.split()[0]}-{start:06d}", lambda: see(start))
+
+    parts = shared(kept, range(0, count, BATCH), f"{spell}, {method}")
     return {name: torch.cat([part[name] for part in parts]) for name in networks}
 
 
@@ -285,11 +284,14 @@ def _consistency(job: Job) -> dict | None:
     """Return both SelfSSIM matrices of ours and of the resized fixed-size output."""
     if len(job.sizes) < 2:
         return None
-    count, parts = min(job.n, CONSISTENCY), []
-    for start in batch_starts(count, "SelfSSIM"):
+    count = min(job.n, CONSISTENCY)
+
+    def kept(start: int) -> tuple[float, dict]:
         z = job.latents(start)[: count - start]
-        part = job.partial.numbers(f"consistency-{start:06d}", lambda z=z: _matrices(job, z))
-        parts.append((len(z) / count, part))
+        part = job.partial.numbers(f"consistency-{start:06d}", lambda: _matrices(job, z))
+        return len(z) / count, part
+
+    parts = shared(kept, range(0, count, BATCH), "SelfSSIM")
 
     def mean(method: str, variant: str) -> list[list[float]]:
         matrices = (w * torch.tensor(x[method][variant], dtype=torch.float64) for w, x in parts)

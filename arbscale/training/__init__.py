@@ -9,6 +9,7 @@ from arbscale.training.first_stage import (
     train_first_stage,
 )
 from arbscale.training.loop import Run, Stage, optimise
+from arbscale.training.processes import process_state
 from arbscale.training.runlog import read_log, read_summary
 from arbscale.training.sources import (
     Batch,
@@ -35,6 +36,7 @@ __all__ = [
     "finetune_alignment",
     "optimise",
     "photo_source",
+    "process_state",
     "read_log",
     "read_summary",
     "scene_source",

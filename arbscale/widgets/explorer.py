@@ -63,7 +63,7 @@ class ScaleExplorer(anywidget.AnyWidget):
     scale
         Where the slider starts, 0.5 to 64.
     seed, steps, sampler
-        As in `samplers.Sampling`; by default 20 steps for a generator, 5 for super-resolution.
+        As in `samplers.Sampling`; by default 20 steps for a generator, 3 for super-resolution.
     truth
         What the output should be, if it is known: an image, or a function `(size, window)` that
         returns (3, height, width), such as `render_scenes` of a scene.
@@ -107,7 +107,7 @@ class ScaleExplorer(anywidget.AnyWidget):
     ):
         super().__init__()
         self.kind, self.model = _kind(model, image, features), model
-        steps = steps or (5 if self.kind == "enlarge" else 20)
+        steps = steps or (3 if self.kind == "enlarge" else 20)
         self._settings = Settings(seed, seed + 1, 0.0, steps, sampler)
         self._lock, self._worker = threading.RLock(), Worker()
         self._limit, self._parts = limit, []
