@@ -74,13 +74,14 @@ def show(images: Images, titles: Sequence[Any] | None = None, columns: int | Non
     """
     pictures = _pictures(images)
     titles = _labels(titles, n := len(pictures))
-    sides = [max(picture.size) for picture in pictures]
+    sides = [picture.width for picture in pictures]
     if columns is None:
         rows = -(-n // max(1, PAGE // (max(side * _factor(side) for side in sides) + GAP)))
         columns = -(-n // rows)
     room = PAGE // columns - GAP
     boxes = [min(side * min(_factor(side), room // side or 1), room) for side in sides]
-    shown = list(map(_fitted, pictures, boxes))
+    pairs = zip(pictures, boxes, strict=True)
+    shown = [_resized(p, (box, max(1, round(p.height * box / p.width)))) for p, box in pairs]
     _display(_sheet(shown, titles, [""] * n, columns), _describe(pictures, titles))
 
 
