@@ -4,6 +4,7 @@ import ast
 import builtins
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 SLOW = re.compile(r"\b(train_\w+|finetuned?|generate|sample|upscale|dpm_solver_pp|walk_back)\(")
 
 
+@cache
 def names(code: str) -> tuple[set[str], set[str]]:
     """Names that the code reads and names that it binds at its top level."""
     tree = ast.parse(code)
