@@ -206,6 +206,13 @@ def texts(output: dict) -> list[str]:
     return found
 
 
+def test_images_have_alternative_text(notebook):
+    """What `viz` shows describes itself; a widget's still image stands beside its text."""
+    for output in notebook.outputs:
+        if "image/png" in output.get("data", {}) and output["output_type"] == "display_data":
+            assert output["metadata"]["image/png"]["alt"].strip()
+
+
 def test_no_path_of_the_machine_it_ran_on(notebook):
     sources = [source for _, source, _ in notebook.cells]
     written = [text for output in notebook.outputs for text in texts(output)]
