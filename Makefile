@@ -94,25 +94,14 @@ except ImportError:
 endef
 export CHECK
 
-# Removes the time and the Python version of each run; keeps outputs and execution counts. Stores
-# large images with 256 colours, dithered if the notebook stays within the size limit of its test.
+# Removes the time and the Python version of each run; keeps outputs and execution counts.
 define STRIP
-import base64, io, os, sys, nbformat
-from PIL import Image
-def smaller(png, dither):
-    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    palette, buffer = image.quantize(256), io.BytesIO()
-    image.quantize(palette=palette, dither=dither).save(buffer, "png", optimize=True)
-    return min(png, base64.b64encode(buffer.getvalue()).decode() + "\n", key=len)
+import sys, nbformat
 for path in sys.argv[1:]:
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.get("language_info", {}).pop("version", None)
-    dither = Image.Dither.FLOYDSTEINBERG if os.path.getsize(path) < 2_000_000 else Image.Dither.NONE
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-        for data in [output.get("data", {}) for output in cell.get("outputs", [])]:
-            if len(data.get("image/png", "")) > 20_000:
-                data["image/png"] = smaller(data["image/png"], dither)
     nbformat.write(notebook, path)
 endef
 export STRIP

@@ -1,51 +1,43 @@
 """Figures for the notebooks.
 
-Every function takes tensors (3, H, W) in [-1, 1]. Pixels stay visible: nothing is smoothed when it
-is enlarged. What is drawn with matplotlib is shown at once and returns None.
+Every function takes tensors (3, H, W) in [-1, 1] and shows a PNG on white, with an alternative text
+made of its labels. Images keep their pixels: a small one is enlarged by a whole factor,
+and only one that is wider than its place is reduced.
 """
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from arbscale.coords import Window, check_window
 
 Images = Tensor | Sequence[Tensor]
 
-INK, PAPER, ACCENT = "#2b2d42", "#ffffff", "#e4572e"
-DPI = 100
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 9,
-    "axes.titlesize": 9.5,
-    "axes.titlecolor": INK,
-    "axes.edgecolor": INK,
-    "figure.facecolor": PAPER,
-    "figure.dpi": DPI,
-    "savefig.dpi": DPI,
-}
+INK, PAPER, ACCENT, PALE = "#2b2d42", "#ffffff", "#e4572e", "#eef1f6"
+PAGE, LEAST, GAP = 860, 160, 8  # pixels: a notebook's width, the least side of an image, between
 
 
-def _arrays(images: Images) -> list[np.ndarray]:
-    """Return one image, a batch or a list of images as arrays (H, W, 3) of uint8."""
+def _pictures(images: Images) -> list[Any]:
+    """Return one image, a batch or a list of images as PIL images; ValueError if there is none."""
     from arbscale.data import to_pil
 
-    if isinstance(images, Tensor) and images.ndim == 3:
-        images = [images]
-    arrays = [np.asarray(to_pil(image)) for image in images]
-    if not arrays:
+    pictures = [to_pil(x) for x in ([images] if _is_one(images) else images)]
+    if not pictures:
         raise ValueError("there is no image to show; pass at least one tensor (3, H, W)")
-    return arrays
+    return pictures
 
 
-def _labels(labels: Sequence[str] | None, n: int) -> list[str]:
+def _is_one(images: Images) -> bool:
+    return isinstance(images, Tensor) and images.ndim == 3
+
+
+def _labels(labels: Sequence[Any] | None, n: int) -> list[str]:
     """Return n labels, empty for None; ValueError for another number of them."""
     labels = [""] * n if labels is None else [str(label) for label in labels]
     if len(labels) != n:
@@ -53,121 +45,83 @@ def _labels(labels: Sequence[str] | None, n: int) -> list[str]:
     return labels
 
 
-def _panels(n: int, columns: int, width: float, ratio: float, margin: float) -> tuple[Any, list]:
-    """Return a figure `width` inches wide and n frameless axes whose height is ratio * width."""
-    import matplotlib.pyplot as plt
+def _resized(picture: Any, size: tuple[int, int], box: Any = None) -> Any:
+    """Resize an image, or a part of it, with hard pixels up and antialiasing down."""
+    from PIL import Image
 
-    rows = -(-n // columns)
-    box = width / columns
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(width, rows * (box * ratio + margin)),
-        squeeze=False,
-        layout="constrained",
-    )
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
-    for axis in grid.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    for axis in grid.flat[n:]:
-        axis.set_visible(False)
-    return figure, list(grid.flat[:n])
+    left, top, right, bottom = box or (0, 0, *picture.size)
+    grows = size[0] >= right - left and size[1] >= bottom - top
+    way = Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS
+    return picture.resize(size, way, box=(left, top, right, bottom))
 
 
-def _draw(axis: Any, array: np.ndarray, box_inches: float, title: str = "", **options: Any) -> None:
-    """Draw an image with hard pixels, or antialiased if the box has fewer pixels than it."""
-    enlarged = max(array.shape[:2]) <= box_inches * DPI
-    axis.imshow(array, interpolation="nearest" if enlarged else "antialiased", **options)
-    if title:
-        axis.set_title(title, pad=4)
+def _fitted(picture: Any, box: float) -> Any:
+    """Scale an image so that its longer side is `box` pixels."""
+    factor = box / max(picture.size)
+    return _resized(picture, tuple(max(1, round(factor * n)) for n in picture.size))
 
 
-def _show(figure: Any) -> None:
-    import matplotlib.pyplot as plt
-
-    plt.show()
-    plt.close(figure)
+def _factor(side: int) -> int:
+    """Return the least whole factor that enlarges a side to `LEAST` pixels."""
+    return -(-LEAST // side)
 
 
-def show(
-    images: Images,
-    titles: Sequence[str] | None = None,
-    columns: int | None = None,
-    width: float = 9.0,
-) -> None:
-    """Show images side by side, `columns` a row (at most 8 unless told), `width` inches in all.
+def show(images: Images, titles: Sequence[Any] | None = None, columns: int | None = None) -> None:
+    """Show images in rows of `columns` (as many as fit), each at its own pixels, titles above.
 
-    `images` is one image (3, H, W), a batch (B, 3, H, W) or a list; titles stand above.
+    `images` is one image (3, H, W), a batch (B, 3, H, W) or a list. One under 160 px is enlarged by
+    a whole factor.
     """
-    arrays = _arrays(images)
-    columns = min(len(arrays), 8) if columns is None else max(1, columns)
-    _show_panels(arrays, titles, columns, width, sizes=False)
+    pictures = _pictures(images)
+    titles = _labels(titles, n := len(pictures))
+    sides = [picture.width for picture in pictures]
+    if columns is None:
+        rows = -(-n // max(1, PAGE // (max(side * _factor(side) for side in sides) + GAP)))
+        columns = -(-n // rows)
+    room = PAGE // columns - GAP
+    boxes = [min(side * min(_factor(side), room // side or 1), room) for side in sides]
+    pairs = zip(pictures, boxes, strict=True)
+    shown = [_resized(p, (box, max(1, round(p.height * box / p.width)))) for p, box in pairs]
+    _display(_sheet(shown, titles, [""] * n, columns), _describe(pictures, titles))
 
 
-def show_scales(images: Images, titles: Sequence[str] | None = None, width: float = 9.0) -> None:
-    """Show images of different sizes in boxes of one width, with the size under each.
+def show_scales(images: Images, titles: Sequence[Any] | None = None) -> None:
+    """Show images of different sizes in one row of equal boxes, with the size under each.
 
     All fill their box, so that resolution alone differs.
     """
-    arrays = _arrays(images)
-    _show_panels(arrays, titles, len(arrays), width, sizes=True)
+    pictures = _pictures(images)
+    titles = _labels(titles, n := len(pictures))
+    sizes = ["{1} × {0}".format(*picture.size) for picture in pictures]
+    shown = [_fitted(picture, min(PAGE // n - GAP, 300)) for picture in pictures]
+    _display(_sheet(shown, titles, sizes, n), _describe(pictures, titles))
 
 
-def _show_panels(
-    arrays: list[np.ndarray],
-    titles: Sequence[str] | None,
-    columns: int,
-    width: float,
-    sizes: bool,
-) -> None:
-    """Show images in rows of `columns`, titles above, and their sizes below where asked."""
-    import matplotlib.pyplot as plt
-
-    titles = _labels(titles, len(arrays))
-    width = min(width, 4.5 * columns)
-    ratio = max(array.shape[0] / array.shape[1] for array in arrays)
-    margin = 0.25 * sizes + 0.25 * any(titles)
-    with plt.rc_context(_STYLE):
-        figure, axes = _panels(len(arrays), columns, width, ratio, margin)
-        for axis, array, title in zip(axes, arrays, titles, strict=True):
-            _draw(axis, array, width / columns, title)
-            if sizes:
-                axis.set_xlabel("{} × {}".format(*array.shape[:2]), labelpad=4)
-        _show(figure)
-
-
-def zoom_strip(
-    images: Images, window: Window, titles: Sequence[str] | None = None, width: float = 9.0
-) -> None:
+def zoom_strip(images: Images, window: Window, titles: Sequence[Any] | None = None) -> None:
     """Show the first image with a box in it, then what each image has inside that box.
 
     `window` is (top, left, height, width) in pixels of the first image. The others may have other
     sizes: they show the same part of the scene. Titles stand above the enlarged parts.
     """
-    import matplotlib.pyplot as plt
+    from PIL import ImageDraw
 
-    arrays = _arrays(images)
-    titles = _labels(titles, len(arrays))
-    height, across = arrays[0].shape[:2]
+    pictures = _pictures(images)
+    titles = _labels(titles, len(pictures))
+    across, height = pictures[0].size
     top, left, tall, wide = check_window(window, (height, across))
-    panels = len(arrays) + 1
-    width = min(width, 4.5 * panels)
-    extent = (0, across, height, 0)  # every image covers the first one's pixels
-    with plt.rc_context(_STYLE):
-        figure, axes = _panels(
-            panels, panels, width, max(height / across, tall / wide), 0.25 * any(titles)
-        )
-        _draw(axes[0], arrays[0], width / panels, extent=extent)
-        axes[0].add_patch(
-            plt.Rectangle((left, top), wide, tall, fill=False, color=ACCENT, linewidth=1.5)
-        )
-        for axis, array, title in zip(axes[1:], arrays, titles, strict=True):
-            share = max(tall / height, wide / across)
-            _draw(axis, array, width / panels / share, title, extent=extent)
-            axis.set(xlim=(left, left + wide), ylim=(top + tall, top))
-            axis.spines[:].set(visible=True, color=ACCENT, linewidth=1.5)
-        _show(figure)
+    panels = len(pictures) + 1
+    side = min(PAGE // panels - GAP, 256)
+    shown = [_fitted(pictures[0], side)]
+    scale = shown[0].width / across
+    edge = [scale * n for n in (left, top, left + wide, top + tall)]
+    ImageDraw.Draw(shown[0]).rectangle(edge, outline=ACCENT, width=2)
+    size = tuple(max(1, round(side * n / max(tall, wide))) for n in (wide, tall))
+    for picture in pictures:
+        x, y = picture.width / across, picture.height / height
+        part = (x * left, y * top, x * (left + wide), y * (top + tall))
+        shown.append(_resized(picture, size, part))
+    sheet = _sheet(shown, ["", *titles], [""] * panels, panels)
+    _display(sheet, f"an image of {height} × {across} and its part, from " + ", ".join(titles))
 
 
 def contact_sheet(
@@ -176,41 +130,165 @@ def contact_sheet(
     """Return one PIL image with every (image, label) in a box of `box` pixels, label below.
 
     An image that is smaller than its box is enlarged with hard pixels, a larger one is reduced
-    with antialiasing; its aspect ratio is kept. A label that is too long is cut.
+    with antialiasing; its aspect ratio is kept. A label has at most three lines.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image
 
-    from arbscale.data import to_pil
-
-    if not items:
+    shown, labels = [], []
+    for tensor, label in items:
+        picture = _fitted(_pictures(tensor)[0], box)
+        shown.append(Image.new("RGB", (box, box), PAPER))
+        shown[-1].paste(picture, ((box - picture.width) // 2, (box - picture.height) // 2))
+        labels.append(str(label))
+    if not shown:
         raise ValueError("there is no image to show; pass at least one (tensor, label)")
-    columns = max(1, min(len(items), columns or 6))
-    rows = -(-len(items) // columns)
-    gap, line = max(4, box // 24), 24
-    step_x, step_y = box + gap, box + line + gap
-    sheet = Image.new("RGB", (columns * step_x + gap, rows * step_y + gap), PAPER)
+    columns = max(1, min(len(shown), columns or 6))
+    return _sheet(shown, [""] * len(shown), labels, columns)
+
+
+def _sheet(shown: list[Any], above: list[str], below: list[str], columns: int) -> Any:
+    """Put PIL images into rows on white, with text above and below each."""
+    from PIL import Image, ImageDraw
+
+    font, line = _font(), 18
+    step = max(picture.width for picture in shown) + GAP
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+    def wrap(texts: list[str]) -> tuple[list[list[str]], int]:
+        lines = [_wrap(text, lambda t: measure.textlength(t, font=font) < step) for text in texts]
+        return lines, line * max(map(len, lines))
+
+    (above, head), (below, foot) = wrap(above), wrap(below)
+    tall = max(picture.height for picture in shown)
+    down = head + tall + foot + GAP
+    sheet = Image.new("RGB", (step * columns + GAP, down * -(-len(shown) // columns)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=14)  # it has no "×"
-    for i, (tensor, label) in enumerate(items):
-        left, top = gap + i % columns * step_x, gap + i // columns * step_y
-        image = to_pil(tensor)
-        factor = box / max(image.size)
-        size = tuple(max(1, round(factor * n)) for n in image.size)
-        way = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
-        image = image.resize(size, way)
-        sheet.paste(image, (left + (box - size[0]) // 2, top + (box - size[1]) // 2))
-        label = _cut(
-            str(label).replace("×", "x"), lambda text: draw.textlength(text, font=font) <= box
-        )
-        draw.text((left + box / 2, top + box + line / 2), label, INK, font=font, anchor="mm")
+    for i, picture in enumerate(shown):
+        x, y = GAP + i % columns * step, i // columns * down + GAP // 2
+        sheet.paste(picture, (x + (step - GAP - picture.width) // 2, y + head))
+        for lines, at in ((above[i], head - line * len(above[i])), (below[i], head + tall)):
+            for k, text in enumerate(lines):
+                place = (x + (step - GAP) / 2, y + at + line * (k + 0.5))
+                draw.text(place, text, INK, font=font, anchor="mm")
     return sheet
 
 
-def _cut(text: str, fits: Any) -> str:
-    """Return the text's first line, ending in an ellipsis where it does not fit."""
-    text = (text.splitlines() or [""])[0]
-    if fits(text):
-        return text
-    while text and not fits(text + "…"):
-        text = text[:-1]
-    return text + "…"
+def _font() -> Any:
+    """Return a font of 9.75 pt, with Greek and × where matplotlib is there."""
+    from PIL import ImageFont
+
+    try:
+        import matplotlib
+    except ImportError:
+        return ImageFont.load_default(size=13)
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 13)
+
+
+def _wrap(text: str, fits: Any) -> list[str]:
+    """Break a text into lines that fit, at most three; a word that is too long is cut."""
+    lines: list[str] = []
+    for paragraph in text.splitlines():
+        lines.append("")
+        for word in paragraph.split():
+            if lines[-1] and not fits(f"{lines[-1]} {word}"):
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+    for k, line in enumerate(lines):
+        while not fits(lines[k]):
+            line = line[:-1]
+            lines[k] = line + "…"
+    return lines[:3]
+
+
+def show_plot(text: str = "") -> None:
+    """Show the current matplotlib figure and close it; without `text`, its labels describe it."""
+    import matplotlib.pyplot as plt
+    from PIL import Image
+
+    figure, file = plt.gcf(), io.BytesIO()
+    for axis in () if text else figure.axes:
+        legend = axis.get_legend()
+        names = [name.get_text() for name in legend.get_texts()] if legend else []
+        labels = (axis.get_title(), axis.get_ylabel(), axis.get_xlabel(), *names)
+        text += "; " * bool(text) + ", ".join(re.sub(r"[$\\{}]", "", x) for x in labels if x)
+    figure.savefig(file, dpi=100, facecolor=PAPER, bbox_inches="tight")
+    plt.close(figure)
+    image = Image.open(file).convert("RGB")
+    if image.getcolors(4096):  # lines and text alone: a third of the bytes
+        image = image.quantize(256)
+    _display(image, f"plot: {text}")
+
+
+def _describe(pictures: list[Any], titles: list[str]) -> str:
+    sizes = dict.fromkeys("{1} × {0}".format(*picture.size) for picture in pictures)
+    names = ", ".join(title for title in titles if title)
+    return f"{len(pictures)} image{'s' * (len(pictures) > 1)}, {', '.join(sizes)}: {names}".rstrip(
+        ": "
+    )
+
+
+def _display(image: Any, text: str) -> None:
+    """Show a PIL image; `text` is its alternative text."""
+    from IPython.display import display
+
+    file = io.BytesIO()
+    image.save(file, "png", optimize=True)
+    data = {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": text}
+    display(data, metadata={"image/png": {"alt": text}}, raw=True)
+
+
+PARTS = {
+    "encoder": ("encoder E\ndown by f", "stage 1, then frozen", 2.9),
+    "denoiser": (
+        "denoiser: U-Net\nwith transformer",
+        "stages 3 and 4; in 4\nthrough the decoder",
+        2.9,
+    ),
+    "decoder": ("symmetric decoder\nsame resolution", "stage 2, then frozen", 8.0),
+    "liif": ("LIIF: an MLP\nfor each pixel", "stage 2, then frozen", 12.9),
+}
+"""The networks of the method: what each is, when it is trained, and where `pipeline` draws it."""
+
+
+def pipeline(*highlight: str) -> None:
+    """Draw the whole method with its shapes and stages; the named `PARTS` stand out."""
+    import matplotlib.pyplot as plt
+
+    if unknown := set(highlight) - set(PARTS):
+        raise ValueError(f"unknown part {unknown.pop()!r}; take some of {', '.join(PARTS)}")
+    axis = plt.figure(figsize=(8.4, 2.8)).add_axes((0, 0, 1, 1), xlim=(0, 17.2), ylim=(0, 5.6))
+    axis.axis("off")
+
+    def write(x: float, y: float, text: str, **style: Any) -> None:
+        style = {"ha": "center", "va": "center", "color": INK, "fontsize": 9, **style}
+        axis.text(x, y, text, **style)
+
+    def arrow(start: tuple, end: tuple, **style: Any) -> None:
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": INK, **style})
+
+    for name, (text, stage, x) in PARTS.items():
+        y = 1.6 if name == "denoiser" else 4.4
+        fill, ink = (ACCENT, PAPER) if name in highlight else (PALE, INK)
+        box = {"boxstyle": "round,pad=0.4", "facecolor": fill, "edgecolor": INK}
+        write(x, y, text, color=ink, bbox=box)
+        write(x, y - 0.9, stage, va="top", style="italic")
+    for x, y, text in (
+        (0.65, 4.4, "image x\n3 × H × W"),
+        (0.65, 1.6, "noise\nc × h × w"),
+        (5.3, 4.4, "latent z\nc × h × w"),
+        (10.6, 4.4, "features\nC × h × w"),
+        (15.9, 4.4, "image of any size\n3 × H' × W'"),
+        (
+            10.9,
+            1.5,
+            "super-resolution: the denoiser also gets\nthe small image, enlarged and encoded",
+        ),
+    ):
+        write(x, y, text)
+    for x in (1.4, 4.1, 6.0, 9.5, 11.3, 14.1):
+        arrow((x, 4.4), (x + 0.4, 4.4))
+    arrow((1.4, 1.6), (1.8, 1.6))
+    arrow((4.3, 1.6), (5.3, 3.9), connectionstyle="angle,angleA=0,angleB=90,rad=6")
+    write(5.5, 2.6, "20 steps", ha="left")
+    names = " and ".join(PARTS[name][0].replace("\n", " ") for name in highlight) or "none"
+    show_plot(f"the pipeline from image or noise to an image of any size; highlighted: {names}")

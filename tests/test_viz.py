@@ -1,7 +1,12 @@
 """The notebooks' pictures: what is drawn, what is refused, and that nothing leaks."""
 
+import base64
+import io
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from arbscale import viz
 
@@ -10,17 +15,17 @@ plt = pytest.importorskip("matplotlib.pyplot")
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Collect the axes of every figure that is shown."""
+    """Collect every image that is shown, as an array (H, W, 3), with its alternative text."""
     plt.switch_backend("Agg")
-    figures = []
+    shown = []
 
-    def collect():
-        figure = plt.gcf()
-        figure.canvas.draw()
-        figures.append([axis for axis in figure.axes if axis.get_visible()])
+    def collect(data, metadata, raw):
+        assert raw and metadata["image/png"]["alt"] == data["text/plain"]
+        with Image.open(io.BytesIO(base64.b64decode(data["image/png"]))) as image:
+            shown.append((np.asarray(image.convert("RGB")), data["text/plain"]))
 
-    monkeypatch.setattr(plt, "show", collect)
-    yield figures
+    monkeypatch.setattr("IPython.display.display", collect)
+    yield shown
     assert not plt.get_fignums(), "a figure stayed open"
 
 
@@ -28,45 +33,70 @@ def picture(height=20, width=None, level=0.0):
     return torch.full((3, height, width or height), level)
 
 
+def count(array, colour):
+    return int((array == colour).all(-1).sum())
+
+
+RED = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1)
+
+
 def test_show_takes_one_a_batch_or_a_list(drawn):
     assert viz.show(picture()) is None
-    viz.show(torch.zeros(12, 3, 8, 8), columns=5)
+    viz.show(torch.zeros(12, 3, 8, 8), columns=4)
     viz.show([picture(9), picture(30, 50)], titles=["small", "large"])
-    assert [len(axes) for axes in drawn] == [1, 12, 2]
-    assert [axis.get_title() for axis in drawn[2]] == ["small", "large"]
+    assert ["1 image, 20" in drawn[0][1], "12 images" in drawn[1][1]] == [True, True]
+    assert "small, large" in drawn[2][1] and "30 × 50" in drawn[2][1]
 
 
-def test_pixels_stay_hard_when_enlarged_and_no_longer_when_reduced(drawn):
-    viz.show([picture(16), picture(1200)])
-    ways = [axis.images[0].get_interpolation() for axis in drawn[0]]
-    assert ways[0] == "nearest" and ways[1] != "nearest"
+@pytest.mark.parametrize(("side", "shown"), [(16, 160), (64, 192), (96, 192), (237, 237)])
+def test_small_images_grow_by_a_whole_factor_and_others_keep_their_pixels(drawn, side, shown):
+    viz.show([RED.expand(3, side, side)] * 2)
+    assert count(drawn[0][0], (255, 0, 0)) == 2 * shown**2
 
 
-def test_values_are_drawn_unscaled(drawn):
-    viz.show(picture(4, level=-0.5))  # matplotlib would stretch floats, or clip them
-    assert (drawn[0][0].images[0].get_array() == 64).all()
+def test_no_row_is_wider_than_the_page(drawn):
+    viz.show(torch.zeros(7, 3, 237, 237))
+    viz.show(torch.zeros(1, 3, 10, 2000))
+    viz.show_scales([picture(n) for n in (8, 16, 32, 64, 128, 900)])
+    viz.zoom_strip([picture(900)] * 4, (0, 0, 5, 90))
+    viz.pipeline("liif")
+    assert max(array.shape[1] for array, _ in drawn) <= viz.PAGE + 2 * viz.GAP
 
 
-def test_show_scales_writes_sizes_and_keeps_boxes_equal(drawn):
-    viz.show_scales([picture(16), picture(37), picture(120)])
-    axes = drawn[0]
-    assert [axis.get_xlabel() for axis in axes] == ["16 × 16", "37 × 37", "120 × 120"]
-    widths = [axis.get_window_extent().width for axis in axes]
-    assert max(widths) - min(widths) < 1
+def test_show_scales_fills_equal_boxes_and_writes_sizes(drawn):
+    viz.show_scales([RED.expand(3, n, n) for n in (16, 37, 400)])
+    array, text = drawn[0]
+    assert count(array, (255, 0, 0)) % 3 == 0 and "16 × 16, 37 × 37, 400 × 400" in text
 
 
 def test_zoom_strip_shows_the_same_part_of_every_size(drawn):
-    large = picture(100, 60, -1.0)
-    large[:, 50:70, 30:45] = 1.0
-    small = picture(50, 30, -1.0)
-    small[:, 25:35, 15:23] = 1.0
-    viz.zoom_strip([large, small], (50, 30, 20, 15), titles=["large", "small"])
-    whole, *zooms = drawn[0]
-    assert len(zooms) == 2 and len(whole.patches) == 1
-    assert whole.patches[0].get_bbox().bounds == (30, 50, 15, 20)
-    for zoom in zooms:
-        assert zoom.get_xlim() == (30, 45) and zoom.get_ylim() == (70, 50)
-        assert tuple(zoom.images[0].get_extent()) == (0, 60, 100, 0)
+    large, small = picture(100, 60, 1.0), picture(50, 30, 1.0)
+    large[:, 50:70, 30:45] = RED
+    small[:, 25:35, 15:23] = RED
+    viz.zoom_strip([large, small], (50, 30, 20, 14), titles=["large", "small"])
+    array, _ = drawn[0]
+    filled = (array == (255, 0, 0)).all(-1).sum(0)  # red pixels in each column
+    assert (
+        filled[array.shape[1] // 2] == filled[-20] == 256
+    )  # both parts are red from top to bottom
+
+
+def test_a_plot_is_described_by_its_labels(drawn):
+    figure, axis = plt.subplots()
+    axis.plot([1, 2], label="a curve")
+    axis.set(title="$t$ and loss", xlabel="step")
+    axis.legend()
+    viz.show_plot()
+    assert drawn[0][1] == "plot: t and loss, step, a curve"
+
+
+def test_the_pipeline_shows_what_is_asked_for(drawn):
+    viz.pipeline()
+    viz.pipeline("decoder", "liif")
+    accent = tuple(bytes.fromhex(viz.ACCENT[1:]))
+    assert count(drawn[0][0], accent) == 0 < count(drawn[1][0], accent)
+    with pytest.raises(ValueError, match="discriminator"):
+        viz.pipeline("discriminator")
 
 
 def test_what_cannot_be_shown_is_refused(drawn):
@@ -75,7 +105,7 @@ def test_what_cannot_be_shown_is_refused(drawn):
     with pytest.raises(ValueError, match="at least one"):
         viz.show([])
     with pytest.raises(ValueError, match=r"\(3, H, W\)"):
-        viz.show(torch.zeros(20, 20))
+        viz.show(torch.zeros(1, 20, 20))
     with pytest.raises(ValueError, match="NaN"):
         viz.show(torch.full((3, 4, 4), float("nan")))
     with pytest.raises(ValueError, match="window"):
@@ -96,8 +126,9 @@ def test_contact_sheet_keeps_pixels_and_aspect():
 def test_contact_sheet_wraps_and_cuts_long_labels():
     items = [(picture(8), "a label much longer than its box " * 9)] * 7
     wide, tall = viz.contact_sheet(items, columns=3, box=100).size
-    assert 300 < wide < 340 and 300 < tall < 420
-    assert viz.contact_sheet([(picture(8), "first\nsecond")], box=100).size[0] < 120
+    assert 300 < wide < 340 and 300 < tall < 500
+    wide = [viz.contact_sheet([(picture(8), text)], box=100).size for text in ("x", "x" * 99)]
+    assert wide[0] == wide[1]
     with pytest.raises(ValueError, match="at least one"):
         viz.contact_sheet([])
 
