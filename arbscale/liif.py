@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arbscale.coords import Size, Window, cell, check_size, check_window, grid
+from arbscale.store import InputError
 
 BLOCK = 2048  # pixels rendered at a time: the widest activations stay in the cache
 TIE = 1e-5  # of a latent pixel: a point on the border belongs to the latent pixel after it
@@ -56,9 +57,9 @@ class _Head(nn.Module):
         """
         batch, _, h, w = features.shape
         if coords.ndim != 3 or coords.shape[0] != batch or coords.shape[-1] != 2:
-            raise ValueError(f"coords must be ({batch}, N, 2), got {tuple(coords.shape)}")
+            raise InputError(f"coords must be ({batch}, N, 2), got {tuple(coords.shape)}")
         if cells.shape != (batch, 2):
-            raise ValueError(f"cells must be ({batch}, 2), got {tuple(cells.shape)}")
+            raise InputError(f"cells must be ({batch}, 2), got {tuple(cells.shape)}")
         table = self._project(features, cells)  # (B, h*w, hidden)
         block = block or coords.shape[1]
         return torch.stack(
@@ -93,7 +94,7 @@ class _Head(nn.Module):
 
     def _check_features(self, features: Tensor) -> None:
         if features.ndim != 4 or features.shape[1] != self.in_channels:
-            raise ValueError(
+            raise InputError(
                 f"features must be (B, {self.in_channels}, h, w), got {tuple(features.shape)}"
             )
 

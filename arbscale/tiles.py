@@ -23,6 +23,7 @@ from torch import Tensor
 from arbscale.autoencoder import FirstStage
 from arbscale.coords import Size, Window
 from arbscale.diffusion import Denoiser
+from arbscale.store import InputError
 
 Place = tuple[EllipsisType, slice, slice]
 """Which rows and columns of a tensor (..., h, w) something is."""
@@ -87,7 +88,7 @@ def tiles(size: Size, side: int, overlap: int) -> Iterator[Tile]:
     Raises ValueError unless 0 <= overlap < side.
     """
     if not 0 <= overlap < side:
-        raise ValueError(f"a tile of {side} px cannot overlap by {overlap} px; take a larger tile")
+        raise InputError(f"a tile of {side} px cannot overlap by {overlap} px; take a larger tile")
     rows, cols = (_spans(n, side, overlap) for n in size)
     for top, bottom, over_top in rows:
         for left, right, over_left in cols:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from arbscale import coords
 from arbscale.coords import Size
+from arbscale.store import InputError
 from arbscale.unet import run, timestep_embedding, with_condition
 
 LONGEST = 100.0  # period of the slowest rotation in units of 2 pi tokens; latent grids are small
@@ -62,7 +63,7 @@ class TokenBlock(nn.Module):
     def __init__(self, width: int, head_channels: int):
         super().__init__()
         if width % head_channels or head_channels % 4:
-            raise ValueError(
+            raise InputError(
                 "a transformer's width is a multiple of head_channels, and head_channels of 4, got "
                 f"{width} and {head_channels}"
             )

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from arbscale.coords import Window, check_window
+from arbscale.store import InputError
 
 Images = Tensor | Sequence[Tensor]
 
@@ -41,7 +42,7 @@ def _arrays(images: Images) -> list[np.ndarray]:
         images = [images]
     arrays = [np.asarray(to_pil(image)) for image in images]
     if not arrays:
-        raise ValueError("there is no image to show; pass at least one tensor (3, H, W)")
+        raise InputError("there is no image to show; pass at least one tensor (3, H, W)")
     return arrays
 
 
@@ -49,7 +50,7 @@ def _labels(labels: Sequence[str] | None, n: int) -> list[str]:
     """Return n labels, empty for None; ValueError for another number of them."""
     labels = [""] * n if labels is None else [str(label) for label in labels]
     if len(labels) != n:
-        raise ValueError(f"{n} images need {n} titles, got {len(labels)}")
+        raise InputError(f"{n} images need {n} titles, got {len(labels)}")
     return labels
 
 
@@ -183,7 +184,7 @@ def contact_sheet(
     from arbscale.data import to_pil
 
     if not items:
-        raise ValueError("there is no image to show; pass at least one (tensor, label)")
+        raise InputError("there is no image to show; pass at least one (tensor, label)")
     columns = max(1, min(len(items), columns or 6))
     rows = -(-len(items) // columns)
     gap, line = max(4, box // 24), 24

@@ -16,6 +16,7 @@ from arbscale.coords import Size, cell, check_size, grid
 from arbscale.evaluation.reports import header
 from arbscale.liif import LIIF
 from arbscale.model import ArbitraryScaleModel
+from arbscale.store import StateError
 
 CPU = torch.device("cpu")
 AGREEMENT = 1e-4  # largest difference of the two decoders' images
@@ -112,7 +113,7 @@ def _decoders(
     tasks = {"decoding alone": lambda: stage.decode(z, size)}
     if model.preset.local_ensemble and model.preset.cell_decode:  # what the usual form has
         if (naive() - stage.decode(z, size)).abs().max() > AGREEMENT:
-            raise RuntimeError("the two decoders disagree; one of them is broken")
+            raise StateError("the two decoders disagree; one of them is broken")
         tasks["decoding alone, usual form of LIIF"] = naive
     return tasks
 
