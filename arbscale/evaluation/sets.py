@@ -108,7 +108,7 @@ class Job:
 
     model: ArbitraryScaleModel
     real: RealPictures  # the reference
-    others: RealPictures  # images that are not in the reference, `n` of them to have rows
+    others: RealPictures  # images outside the reference; fewer than `n` have no rows
     sizes: tuple[Size, ...]
     n: int
     features: str  # a key of FEATURES
@@ -177,7 +177,8 @@ def evaluate_generation(job: Job, partial: Partial) -> dict:
     distance to the nearest training image; `self_ssim` and `patches` compare sizes. Finished
     batches are kept in `partial`, the features of the reference in the user's cache.
     """
-    job, device = replace(job, partial=partial), job.model.device
+    others = RealPictures(job.others.images, min(job.n, job.others.count))
+    job, device = replace(job, partial=partial, others=others), job.model.device
     networks = {name: extractor(name, device) for name in dict.fromkeys(FEATURES[job.features])}
     for start in batch_starts(job.n, "sampling"):
         job.latents(start)
@@ -230,7 +231,7 @@ def _decode(model: ArbitraryScaleModel, z: Tensor, size: Size) -> Tensor:
 def _rows(job: Job, size: Size, networks: dict[str, Extractor]) -> Iterator[dict]:
     """Compare each method's images at one size with the real ones.
 
-    A distance depends on the number of images, so that methods with less than `job.n` have no row.
+    A distance depends on the number of images, so each row has `job.n`, or there is no row.
     """
     real = {name: job.real.features(size, x, "reference") for name, x in networks.items()}
     for method, (count, _) in _methods(job, size).items():
