@@ -158,11 +158,6 @@ def reason(error: BaseException) -> str:
     return re.sub(r" \(\d+ bytes not processed\)", "", str(error)) or type(error).__name__
 
 
-def decode(image: Any) -> Tensor:
-    """Decode the first frame of what `open_image` opened, turned upright as its EXIF tag says."""
-    return to_tensor(image)
-
-
 def load_pixels(path: str | Path) -> Tensor:
     """Read an image file as uint8 (3, H, W): `load_image` in a quarter of the memory."""
     with open_image(path) as image:
@@ -176,7 +171,7 @@ def load_image(path: str | Path) -> Tensor:
     Raises FileNotFoundError for no such file, ValueError for one that cannot be read.
     """
     with open_image(path) as image:
-        return decode(image)
+        return to_tensor(image)
 
 
 def resize(image: Tensor, size: int | Size) -> Tensor:
