@@ -21,16 +21,3 @@ __version__ = "0.1.0"
 REPOSITORY = "arbscale/arbscale"  # owner/name on GitHub; badges and the Colab cell take it
 BRANCH = "main"
 load = ArbitraryScaleModel.load
-
-__all__ = [
-    "LIIF",
-    "BRANCH",
-    "ArbitraryScaleModel",
-    "FirstStage",
-    "REPOSITORY",
-    "UNet",
-    "load",
-    "metrics",
-    "pick_device",
-    "presets",
-]

@@ -22,6 +22,7 @@ from arbscale.data import output as output_files
 from arbscale.evaluation.command import ablate, bench, evaluate, table
 from arbscale.model import ArbitraryScaleModel, launched, pick_device
 from arbscale.samplers import Sampling
+from arbscale.store import InputError
 
 MAX_PIXELS = 400_000_000  # of an output file; more than an image viewer opens
 MAX_SIDE = 100_000  # pixels
@@ -102,7 +103,7 @@ def generate(
     bands = output.suffix.lower() in (".tif", ".tiff") and math.prod(size) > LARGE and not sheet
     _check_output(output, size, quality, MAX_SIDE**2 if bands else MAX_PIXELS)
     if number < 1:
-        raise ValueError(f"--number is at least 1, got {number}")
+        raise InputError(f"--number is at least 1, got {number}")
     if sheet:
         _check_size((math.ceil(number / 4) * max(size), 4 * max(size)))
     rank, ranks = launched()
@@ -267,7 +268,7 @@ def check(
         print(report.listing())
     print(report.summary())
     if not report.used:
-        raise ValueError(f"no image in {root} can be used")
+        raise InputError(f"no image in {root} can be used")
     print(f"splits:\n{splits(root)}")
 
 
@@ -334,7 +335,8 @@ COMMANDS = (
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return 0; what the user can mend is one line and status 2.
 
-    Any other error is a bug: it goes on, so that Python prints its traceback and exits with 1.
+    That are InputError, StateError, what the system refuses, and a full memory. Any other error is
+    a bug: it goes on, so that Python prints its traceback and exits with 1.
     """
     words = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is escaped
@@ -355,10 +357,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         _say(stop.args[0] if stop.args else "stopped")
         return 130
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if not (text := _for_user(error)):
-            raise
+    except (store.InputError, store.StateError, OSError) as error:
+        text = str(error) or type(error).__name__
+        if "in DataLoader worker process" in text:
+            text = text.strip().splitlines()[-1].partition(": ")[2]  # above it is the traceback
         _say(text)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not exhausted and "can't allocate memory" not in str(error):
+            raise
+        _say("out of memory; take a smaller size, number or batch")
         return 2
     return 0
 
@@ -367,22 +376,6 @@ def _say(text: str) -> None:
     for bar in list(tqdm._instances):
         bar.close()  # or the text would stand on its line
     print(f"arbscale: {' '.join(text.split())}", file=sys.stderr)
-
-
-def _for_user(error: Exception) -> str:
-    """Return the message of an error that the user can mend, or "" for a bug.
-
-    Meant for users are InputError, what the system refuses, and each ValueError or RuntimeError
-    that a `raise` of this package raised, while one out of a library's depths is a bug.
-    """
-    text = str(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return "out of memory; take a smaller size, number or batch"
-    if "in DataLoader worker process" in text and isinstance(error, (ValueError, OSError)):
-        return text.strip().splitlines()[-1].partition(": ")[2]  # above it is the traceback
-    if isinstance(error, (store.InputError, OSError)):
-        return text or type(error).__name__
-    return text if type(error) in (ValueError, RuntimeError) and store.deliberate(error) else ""
 
 
 if __name__ == "__main__":

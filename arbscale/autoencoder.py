@@ -320,7 +320,7 @@ class TinyDecoder(nn.Module):
 def _check_sides(image: Tensor, factor: int) -> None:
     if image.shape[-2] % factor or image.shape[-1] % factor:
         size = f"{image.shape[-2]} x {image.shape[-1]}"
-        raise ValueError(f"the encoder takes sides that are multiples of {factor}, got {size}")
+        raise InputError(f"the encoder takes sides that are multiples of {factor}, got {size}")
 
 
 @dataclass(frozen=True)
@@ -388,7 +388,7 @@ class FirstStage(nn.Module):
     def posterior(self, image: Tensor) -> GaussianPosterior:
         """Return the Gaussian over latents; RuntimeError where latents are deterministic."""
         if not self.has_posterior:
-            raise RuntimeError("this first stage has no posterior; call encode")
+            raise StateError("this first stage has no posterior; call encode")
         return GaussianPosterior.from_moments(self.encoder(image))
 
     def features(self, z: Tensor) -> Tensor:

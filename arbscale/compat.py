@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from arbscale import presets
+from arbscale import presets, store
 from arbscale.autoencoder import Encoder, FirstStage, SymmetricDecoder, TinyDecoder, TinyEncoder
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset
+from arbscale.store import InputError
 from arbscale.unet import UNet
 
 State = dict[str, Tensor]
@@ -71,15 +72,13 @@ def convert(checkpoint: Path, config: Path, folder: Path) -> str:
     import yaml
 
     state = read_checkpoint(checkpoint)
-    try:
+    with store.reading(config, yaml.YAMLError):
         tree = yaml.safe_load(config.read_text(encoding="utf-8"))
         preset = _preset(tree, folder.resolve().name)
         params = tree["model"]["params"]
         first = params.get("first_stage_config", {"params": params})["params"]
-    except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(f"{config} is not a published config: {error!r}") from None
+        scale_factor = float(state.get("scale_factor", params.get("scale_factor", 1.0)))
     whole = "unet_config" in params
-    scale_factor = float(state.get("scale_factor", params.get("scale_factor", 1.0)))
     model, untrained = ArbitraryScaleModel(preset, scale_factor), {}
     if whole:
         _check_parts(state)
@@ -112,13 +111,13 @@ def read_checkpoint(path: Path) -> State:
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, SafetensorError):
-        raise ValueError(
+        raise InputError(
             f"{path} is damaged or holds Python objects, which are not read; where you trust its "
             "source, save its `state_dict` alone"
         ) from None
     state = found.get("state_dict", found) if isinstance(found, dict) else {}
     if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} holds no state dict")
+        raise InputError(f"{path} holds no state dict")
     return state
 
 
@@ -131,9 +130,9 @@ def _preset(tree: dict, name: str) -> Preset:
     size = fields["image_size"]
     fields["target_sizes"] = train.get("gt_min", size // 4), train.get("gt_max", size)
     if params.get("beta_schedule", "linear") != "linear":
-        raise ValueError(f"beta_schedule {params['beta_schedule']} is not supported, but linear is")
+        raise InputError(f"beta_schedule {params['beta_schedule']} is not supported, but linear is")
     if params.get("parameterization", "eps") not in ("eps", "v"):
-        raise ValueError(f"parameterization {params['parameterization']} is not supported")
+        raise InputError(f"parameterization {params['parameterization']} is not supported")
     if "unet_config" in params:
         unet = params["unet_config"]["params"]
         fields |= _unet_fields(unet)
@@ -143,7 +142,7 @@ def _preset(tree: dict, name: str) -> Preset:
         fields["prediction"] = params.get("parameterization", "eps")
         if unet["in_channels"] != unet["out_channels"]:
             if not params.get("c_encode"):
-                raise ValueError("a condition that is not an encoded image is not supported")
+                raise InputError("a condition that is not an encoded image is not supported")
             fields["low_size"] = tree["data"]["params"]["train"]["params"]["lr_size"]
     return Preset(name, **fields)
 
@@ -171,7 +170,7 @@ def _first_stage_fields(config: dict) -> dict:
 def _unet_fields(u: dict) -> dict:
     """Return the preset's fields of a U-Net, whose `attention_resolutions` are factors."""
     if u.get("num_head_channels", -1) < 1:
-        raise ValueError("the U-Net's config must give num_head_channels, the width of a head")
+        raise InputError("the U-Net's config must give num_head_channels, the width of a head")
     return {
         "unet_channels": u["model_channels"],
         "unet_multipliers": tuple(u["channel_mult"]),
@@ -200,7 +199,7 @@ def _check_parts(state: State) -> None:
 
     unknown = [key for key in sorted(state) if not known(key) and not BUFFERS.fullmatch(key)]
     if unknown:
-        raise ValueError(f"the checkpoint does not fit its config: unexpected {unknown}")
+        raise InputError(f"the checkpoint does not fit its config: unexpected {unknown}")
 
 
 def first_stage_from_reference(config: dict, state: State) -> FirstStage:
@@ -246,7 +245,7 @@ def unet_from_reference(config: dict, state: State) -> UNet:
     options = "use_spatial_transformer", "use_scale_shift_norm", "resblock_updown"
     for option in (*options, "use_new_attention_order"):
         if u.get(option):
-            raise ValueError(f"{option} is not supported; this reader takes plain attention U-Nets")
+            raise InputError(f"{option} is not supported; this reader takes plain attention U-Nets")
     unet = UNet(u["out_channels"], u["in_channels"] - u["out_channels"], *_unet_fields(u).values())
     return _load(unet, _unet_pairs(unet), _under(state, UNET))
 
@@ -266,7 +265,7 @@ def tiny_decoder(state: State) -> TinyDecoder:
 def _load_tiny(kind: type, first: str, axis: int, state: State) -> nn.Module:
     last = f"{max((int(k.partition('.')[0]) for k in state if k[0].isdigit()), default=0)}.weight"
     if first not in state or last not in state:
-        raise ValueError("these are not TAESD's weights: no numbered layers; see its repository")
+        raise InputError("these are not TAESD's weights: no numbered layers; see its repository")
     latent = state[first].shape[1] if axis else state[last].shape[0]
     net = kind(state[first].shape[0], latent)
     names = {k.rpartition(".")[0] for k in net.layers.state_dict()}
@@ -350,7 +349,7 @@ def _under(state: State, prefix: str) -> State:
 
 
 def _load(module: nn.Module, pairs: Pairs, state: State) -> nn.Module:
-    """Copy the paired tensors; ValueError names every key that is missing, left over or misfits."""
+    """Copy the paired tensors; InputError names keys that are missing, left over, misfits."""
     wanted = module.state_dict()
     taken, missing, misfits = {}, [], []
     for theirs, ours in pairs:
@@ -368,9 +367,10 @@ def _load(module: nn.Module, pairs: Pairs, state: State) -> nn.Module:
             taken[f"{theirs}.{leaf}"] = f"{ours}.{leaf}", tensor.reshape(ours_shape)
     unexpected = sorted(set(state) - set(taken) - {m.split()[0] for m in misfits})
     if missing or unexpected or misfits:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint does not fit its config: missing {missing}, unexpected {unexpected}, "
             f"of another shape {misfits}"
         )
+    store.check_finite({key: state[key] for key in taken}, "the checkpoint")
     module.load_state_dict({name: tensor.float() for name, tensor in taken.values()})
     return module

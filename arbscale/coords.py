@@ -14,6 +14,8 @@ from operator import index
 import torch
 from torch import Tensor
 
+from arbscale.store import InputError
+
 Size = tuple[int, int]
 Window = tuple[int, int, int, int]
 
@@ -28,7 +30,7 @@ def check_size(size: int | Size) -> Size:
     except TypeError:
         pair = ()
     if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(
+        raise InputError(
             f"a size is a positive integer or (height, width) of such, got {size!r}; "
             "for example 256 or (75, 100)"
         )
@@ -42,7 +44,7 @@ def check_window(window: Window | None, size: Size) -> Window:
     top, left, height, width = window
     inside = 0 <= top <= top + height <= size[0] and 0 <= left <= left + width <= size[1]
     if not inside or height < 1 or width < 1:
-        raise ValueError(
+        raise InputError(
             f"window (top, left, height, width) = {tuple(window)} does not lie in an image of "
             f"{size[0]} x {size[1]}; take one with top + height <= {size[0]} and left + width <= "
             f"{size[1]}"
@@ -56,7 +58,7 @@ def scaled_size(size: Size, scale: float) -> Size:
     Raises ValueError unless `scale` is a positive finite number.
     """
     if not (math.isfinite(scale * max(size)) and scale > 0):
-        raise ValueError(f"a scale is a positive number such as 3.7, got {scale!r}")
+        raise InputError(f"a scale is a positive number such as 3.7, got {scale!r}")
     return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from arbscale.store import InputError
+
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """`denoise(z_t, t) -> eps`: latents and noise (B, c, h, w), steps (B,) int64."""
 
@@ -28,7 +30,7 @@ class NoiseSchedule:
 
     def __init__(self, beta_start: float = 0.0015, beta_end: float = 0.0155, steps: int = 1000):
         if not 0 < beta_start <= beta_end < 1 or steps < 1:
-            raise ValueError(
+            raise InputError(
                 f"expected 0 < beta_start <= beta_end < 1 and steps >= 1, "
                 f"got {beta_start}, {beta_end}, {steps}; the paper's are 0.0015, 0.0195, 1000"
             )

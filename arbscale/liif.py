@@ -111,7 +111,7 @@ class _Head(nn.Module):
 
     def _table(self, features: Tensor, cells: Tensor) -> Tensor:
         if features.ndim != 4 or features.shape[1] != self.in_channels:
-            raise ValueError(
+            raise InputError(
                 f"features must be (B, {self.in_channels}, h, w), got {tuple(features.shape)}"
             )
         if cells.shape != (len(features), 2):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arbscale.coords import Size, check_size
+from arbscale.store import InputError
 
 __all__ = [
     "frechet_distance",
@@ -70,7 +71,7 @@ def ssim(a: Tensor, b: Tensor, space: str = "rgb", border: int = 0) -> float:
     """
     a, b = _eight_bit_pair(a, b, space, border)  # (B, 3 or 1, H, W)
     if min(a.shape[-2:]) < WINDOW:
-        raise ValueError(f"SSIM needs {WINDOW} px a side within the border, got {tuple(a.shape)}")
+        raise InputError(f"SSIM needs {WINDOW} px a side within the border, got {tuple(a.shape)}")
     return _mean_in_chunks(lambda x, y: _ssim_terms(x, y, 255)[0], a, b, chunk=1)
 
 
@@ -87,10 +88,10 @@ def lpips(a: Tensor, b: Tensor, net: str = "alex") -> float:
     FileNotFoundError where no weights are found says how to get them.
     """
     if net not in _BACKBONES:
-        raise ValueError(f"unknown backbone {net!r}; take {' or '.join(_BACKBONES)}")
+        raise InputError(f"unknown backbone {net!r}; take {' or '.join(_BACKBONES)}")
     a, b = _check_images(a, b)
     if min(a.shape[-2:]) < 32:
-        raise ValueError(f"LPIPS needs sides of 32 px, got {tuple(a.shape)}; take larger images")
+        raise InputError(f"LPIPS needs sides of 32 px, got {tuple(a.shape)}; take larger images")
     network = lpips_network(net).to(a.device)
     with torch.no_grad():
         pairs = zip(a.clamp(-1, 1).float(), b.clamp(-1, 1).float(), strict=True)
@@ -148,7 +149,7 @@ def self_ssim(images: dict[int | Size, Tensor], variant: str = "clean") -> Tenso
     """
     compare = {"clean": _clean_similarity, "scaleparty": _scaleparty_similarity}.get(variant)
     if compare is None:
-        raise ValueError(f"unknown variant {variant!r}; take clean or scaleparty")
+        raise InputError(f"unknown variant {variant!r}; take clean or scaleparty")
     by_size = _check_by_size(images, least=WINDOW if variant == "clean" else 16)
     rows = [[_mean_in_chunks(compare, a, b) for b in by_size] for a in by_size]
     return torch.tensor(rows, dtype=torch.float64)
@@ -184,7 +185,7 @@ def precision_recall(
     2019, in float64; `block` rows of distances are held at a time.
     """
     if k < 1:
-        raise ValueError(f"k is at least 1, got {k}")
+        raise InputError(f"k is at least 1, got {k}")
     generated, real = check_features(generated, real, least=k + 1)
     centre = real.mean(0)  # a distance keeps more digits near zero
     generated, real = generated - centre, real - centre
@@ -256,9 +257,9 @@ def _eight_bit_pair(a: Tensor, b: Tensor, space: str, border: int) -> tuple[Tens
     a, b = _check_images(a, b)
     height, width = a.shape[-2:]
     if space not in ("rgb", "y"):
-        raise ValueError(f"unknown colour space {space!r}; take rgb or y")
+        raise InputError(f"unknown colour space {space!r}; take rgb or y")
     if not 0 <= 2 * border < min(height, width):
-        raise ValueError(f"a border of {border} px leaves nothing of {height} x {width} pixels")
+        raise InputError(f"a border of {border} px leaves nothing of {height} x {width} pixels")
 
     def levels(x: Tensor) -> Tensor:
         x = x[..., border : height - border, border : width - border].detach().cpu().double()
@@ -275,14 +276,14 @@ def _check_images(*images: Tensor) -> list[Tensor]:
     """Return images as (B, 3, H, W); ValueError unless they are float, of one shape, not NaN."""
     for x in images:
         if x.shape != images[0].shape:
-            raise ValueError(f"expected one shape, got {tuple(images[0].shape)}, {tuple(x.shape)}")
+            raise InputError(f"expected one shape, got {tuple(images[0].shape)}, {tuple(x.shape)}")
         if not x.is_floating_point() or x.ndim not in (3, 4) or x.shape[-3] != 3 or not x.numel():
-            raise ValueError(
+            raise InputError(
                 f"expected float images (B, 3, H, W) or (3, H, W) in [-1, 1], got {x.dtype} "
                 f"{tuple(x.shape)}; 8-bit images become such by image / 127.5 - 1"
             )
         if x.isnan().any():
-            raise ValueError("expected images in [-1, 1], got NaN; look where they came from")
+            raise InputError("expected images in [-1, 1], got NaN; look where they came from")
     return [x if x.ndim == 4 else x.unsqueeze(0) for x in images]
 
 
@@ -290,12 +291,12 @@ def _check_by_size(images: dict[int | Size, Tensor], least: int) -> list[Tensor]
     """Return the checked images in [-1, 1] as float64, moved off devices that lack it."""
     numbers = [len(x) for x in images.values()]
     if len(set(numbers)) != 1:
-        raise ValueError(f"expected images of the same latents at each size, got {numbers}")
+        raise InputError(f"expected images of the same latents at each size, got {numbers}")
     checked = [_check_images(x)[0] for x in images.values()]
     for size, x in zip(images, checked, strict=True):
         height, width = check_size(size)
         if x.shape[-2:] != (height, width) or min(height, width) < least:
-            raise ValueError(
+            raise InputError(
                 f"expected (N, 3, {height}, {width}) under {size!r}, sides of {least} or more, "
                 f"got {tuple(x.shape)}"
             )
@@ -309,12 +310,12 @@ def check_features(a: Tensor, b: Tensor, least: int = 1) -> tuple[Tensor, Tensor
     """
     for x in (a, b):
         if x.ndim != 2 or not x.is_floating_point() or len(x) < least or not x.isfinite().all():
-            raise ValueError(
+            raise InputError(
                 f"expected finite features (N, D) of at least {least} images, got {x.dtype} "
                 f"{tuple(x.shape)}{'' if x.isfinite().all() else ' with NaN or infinity'}"
             )
     if a.shape[1] != b.shape[1]:
-        raise ValueError(f"expected features of one network, got {a.shape[1]} and {b.shape[1]}")
+        raise InputError(f"expected features of one network, got {a.shape[1]} and {b.shape[1]}")
     return a.detach().cpu().double(), b.detach().cpu().double()
 
 

@@ -82,7 +82,7 @@ class ArbitraryScaleModel(nn.Module):
     def _check_precision(self) -> None:
         """Raise ValueError unless all weights are float32."""
         if other := {p.dtype for p in self.parameters()} - {torch.float32}:
-            raise ValueError(f"a model computes in float32, got {other.pop()}; call model.float()")
+            raise InputError(f"a model computes in float32, got {other.pop()}; call model.float()")
 
     @torch.no_grad()
     def generate(
@@ -123,10 +123,10 @@ class ArbitraryScaleModel(nn.Module):
         Raises RuntimeError for a super-resolution model, ValueError for n < 1.
         """
         if self.preset.low_size:
-            raise RuntimeError(f"{self.preset.name} is a super-resolution model; call upscale")
+            raise StateError(f"{self.preset.name} is a super-resolution model; call upscale")
         self._check_precision()
         if n < 1:
-            raise ValueError(f"n is the number of images, at least 1, got {n}")
+            raise InputError(f"n is the number of images, at least 1, got {n}")
         sampling = Sampling(steps, sampler, seed)
         generator = generator or sampling.generator()
         shape = (self.preset.latent_channels, *(grid or (self.preset.latent_size,) * 2))
@@ -183,13 +183,13 @@ class ArbitraryScaleModel(nn.Module):
         from arbscale.data.pixels import fill_clear
 
         if not self.preset.low_size:
-            raise RuntimeError(f"{self.preset.name} is a generator; load a super-resolution model")
+            raise StateError(f"{self.preset.name} is a generator; load a super-resolution model")
         self._check_precision()
         sampling = Sampling(steps, sampler, seed)
         if isinstance(image, Tensor) and image.ndim == 4:
             n = len(image)
             if not n:
-                raise ValueError(f"a batch holds at least one image, got {tuple(image.shape)}")
+                raise InputError(f"a batch holds at least one image, got {tuple(image.shape)}")
             inner = [
                 progress and (lambda done, total, i=i: progress(i * total + done, n * total))
                 for i in range(n)
@@ -203,7 +203,7 @@ class ArbitraryScaleModel(nn.Module):
         low = to_tensor(fill_clear(low, alpha))  # (3, h, w)
         low = low.cpu() if low.device.type == "mps" else low  # which lacks antialiased resampling
         if (scale is None) == (size is None):
-            raise ValueError("give either scale, such as 3.7, or size, such as (480, 640)")
+            raise InputError("give either scale, such as 3.7, or size, such as (480, 640)")
         size = scaled_size(low.shape[-2:], scale) if size is None else check_size(size)
         spans = self.tiles(low.shape[-2:], tile)
         dtype = pick_precision(precision, self.device)
@@ -367,12 +367,12 @@ class ArbitraryScaleModel(nn.Module):
         try:
             scale_factor = _positive(manifest.get("scale_factor"))
             preset = Preset.from_dict(manifest["preset"])
-            wanted = _shapes(preset)
-        except ValueError as error:
-            raise ValueError(f"the manifest in {folder}: {error}") from None
+            wanted = shapes(preset)
+        except InputError as error:
+            raise InputError(f"the manifest in {folder}: {error}") from None
         found = {name: tensor.shape for name, tensor in state.items()}
         if misfits := sorted(dict(wanted.items() ^ found.items())):
-            raise ValueError(
+            raise InputError(
                 f"the weights in {folder} do not fit the preset in its manifest: {misfits[0]} and "
                 f"{len(misfits) - 1} more"
             )
@@ -384,7 +384,7 @@ class ArbitraryScaleModel(nn.Module):
 def _positive(scale_factor: Any) -> float:
     """Return the scale factor; ValueError unless it is positive and finite."""
     if type(scale_factor) not in (int, float) or not 0 < scale_factor < 1e30:
-        raise ValueError(f"scale_factor is positive and finite, got {scale_factor!r}")
+        raise InputError(f"scale_factor is positive and finite, got {scale_factor!r}")
     return float(scale_factor)
 
 
@@ -396,15 +396,15 @@ class _Unfilled(TorchFunctionMode):
         return args[0] if func == Tensor.normal_ else func(*args, **(kwargs or {}))
 
 
-def _shapes(preset: Preset) -> dict[str, torch.Size]:
-    """Return the shapes of a model's tensors; ValueError for a preset that no model can have."""
+def shapes(preset: Preset) -> dict[str, torch.Size]:
+    """Return the shapes of a model's tensors; InputError for a preset that no model can have."""
     presets.build_schedule(preset)
     try:
         with torch.device("meta"), _Unfilled():  # nothing is allocated, however wide the layers
             parts = nn.ModuleDict({"first_stage": presets.build_first_stage(preset)})
             parts["denoiser"] = presets.build_denoiser(preset)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise ValueError(f"no model can be built from its preset ({error})") from None
+    except (RuntimeError, ValueError, *store.STRAY) as error:
+        raise InputError(f"no model can be built from its preset ({error})") from None
     return {name: tensor.shape for name, tensor in parts.state_dict().items()}
 
 

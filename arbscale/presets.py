@@ -16,11 +16,16 @@ from arbscale.autoencoder import (
 )
 from arbscale.diffusion import NoiseSchedule
 from arbscale.liif import LIIF, InterpolatedLIIF
+from arbscale.store import InputError
 from arbscale.transformer import LatentTransformer, TransformerDenoiser
 from arbscale.unet import UNet
 
-ENCODERS, HEADS = ("residual", "tiny"), ("liif", "interpolated")
-DENOISERS = ("unet", "unet_transformer", "transformer")
+CHOICES = {
+    "encoder": ("residual", "tiny"),
+    "head": ("liif", "interpolated"),
+    "denoiser": ("unet", "unet_transformer", "transformer"),
+    "prediction": ("eps", "v"),
+}
 MOST, MOST_LAYERS = 1_000_000, 32  # the largest number in a preset; of levels, blocks and layers
 
 
@@ -43,9 +48,9 @@ class Preset:
     hidden: tuple[int, ...] = (256,) * 4  # LIIF's hidden layers
     local_ensemble: bool = True  # LIIF blends its four nearest latent pixels
     cell_decode: bool = True  # LIIF is told the pixel's extent
-    encoder: str = "residual"  # one of ENCODERS; "tiny" is TAESD's, with f = 8
+    encoder: str = "residual"  # "residual" or "tiny", which is TAESD's, with f = 8
     tiny_channels: int = 64  # width of the tiny encoder, TAESD's own by default
-    head: str = "liif"  # one of HEADS
+    head: str = "liif"  # "liif" or "interpolated"
     finer: int = 1  # the interpolated head's features per latent pixel along each side
     encoder_attention_levels: tuple[int, ...] = ()  # levels with attention, beside the middle
     decoder_attention_levels: tuple[int, ...] = ()  # the same for the symmetric decoder
@@ -57,7 +62,7 @@ class Preset:
     unet_attention_levels: tuple[int, ...] = (1,)  # levels with attention, 0 the widest grid
     head_channels: int = 32  # width of an attention head
     # "unet_transformer" has a LatentTransformer in the middle, "transformer" is that alone
-    denoiser: str = "unet"  # one of DENOISERS
+    denoiser: str = "unet"  # "unet", or one of the two
     transformer_width: int = 128  # of a token
     transformer_blocks: int = 4
     merge: int = 2  # side of the square of latent positions that makes one token
@@ -87,19 +92,17 @@ class Preset:
         """Refuse what no model can be trained with; ValueError says why."""
         for field in fields(self):
             _check(field.name, str(field.type), getattr(self, field.name))
-        parts = {"denoiser": DENOISERS, "encoder": ENCODERS, "head": HEADS}
-        for field, known in (parts | {"prediction": ("eps", "v")}).items():
-            if getattr(self, field) not in known:
-                found = getattr(self, field)
-                raise ValueError(f"{field} is one of {', '.join(known)}, got {found!r}")
+        for field, known in CHOICES.items():
+            if (found := getattr(self, field)) not in known:
+                raise InputError(f"{field} is one of {', '.join(known)}, got {found!r}")
         if not self.latent_size:
-            raise ValueError(f"image_size is at least {self.factor} px, got {self.image_size}")
+            raise InputError(f"image_size is at least {self.factor} px, got {self.image_size}")
         low, high = self.target_sizes
         if low > high:
-            raise ValueError(f"target_sizes are a smallest and a largest side, got {low}, {high}")
+            raise InputError(f"target_sizes are a smallest and a largest side, got {low}, {high}")
         if self.lpips_weight and min(self.crop, low, self.image_size) < 32:
             sides = self.crop, self.image_size, self.target_sizes
-            raise ValueError(f"LPIPS takes crop, image_size, target_sizes from 32 px, got {sides}")
+            raise InputError(f"LPIPS takes crop, image_size, target_sizes from 32 px, got {sides}")
 
     @property
     def factor(self) -> int:
@@ -119,9 +122,9 @@ class Preset:
     def from_dict(cls, values: dict) -> Preset:
         """Read what `to_dict` wrote, by default for missing fields; ValueError on unknown ones."""
         if not isinstance(values, dict) or not isinstance(values.get("name"), str):
-            raise ValueError(f"a preset is a dictionary of fields with a name, got {values!r:.100}")
+            raise InputError(f"a preset is a dictionary of fields with a name, got {values!r:.100}")
         if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
-            raise ValueError(f"the preset has newer fields {unknown}; update arbscale")
+            raise InputError(f"the preset has newer fields {unknown}; update arbscale")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -141,7 +144,7 @@ def _check(name: str, kind: str, value: Any) -> None:
         good = type(value) is tuple and fewest <= len(value) <= longest
     if not good:
         span = "" if kind in ("str", "bool") else f" from {least} to {most}"
-        raise ValueError(f"{name} is {kind}{span}, got {value!r:.100}")
+        raise InputError(f"{name} is {kind}{span}, got {value!r:.100}")
 
 
 def tiny(low_size: int | None = None) -> Preset:
@@ -339,7 +342,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {make().name: make for make in (*SHIP
 def get(name: str) -> Preset:
     """Return the preset of that name; ValueError lists the names."""
     if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]()
 
 
@@ -370,14 +373,6 @@ def build_first_stage(preset: Preset) -> FirstStage:
 def _widths(preset: Preset) -> tuple:
     """Return what encoder and decoders take first."""
     return preset.channels, preset.multipliers, preset.blocks, preset.latent_channels
-
-
-def build_head(preset: Preset) -> LIIF | InterpolatedLIIF:
-    """Build the untrained head that renders from the symmetric decoder's features."""
-    width = preset.channels * preset.multipliers[0]
-    if preset.head == "interpolated":
-        return InterpolatedLIIF(width, preset.hidden, preset.cell_decode, preset.finer)
-    return LIIF(width, preset.hidden, preset.local_ensemble, preset.cell_decode)
 
 
 def build_denoiser(preset: Preset) -> UNet | TransformerDenoiser:

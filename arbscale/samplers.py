@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from arbscale.diffusion import Denoiser, NoiseSchedule
+from arbscale.store import InputError
 
 Callback = Callable[[int, Tensor, Tensor], None]
 """`callback(i, z_t, z_0)` after step i = 0, 1, ...: the latents it led to, its estimate of z_0."""
@@ -48,9 +49,9 @@ def spaced_timesteps(total: int, n: int, power: float = 1.0) -> list[int]:
     appendix D.2: denser at low noise, where a solver with few steps makes most of its error.
     """
     if not 1 <= n <= total:
-        raise ValueError(f"the number of steps is between 1 and the schedule's {total}, got {n}")
+        raise InputError(f"the number of steps is between 1 and the schedule's {total}, got {n}")
     if not 1 <= power < math.inf:
-        raise ValueError(f"power is at least 1 (even) and finite, got {power}")
+        raise InputError(f"power is at least 1 (even) and finite, got {power}")
     steps = [0] if n > 1 else [total - 1]
     for k in range(1, n):
         steps.append(max(steps[-1] + 1, round((total - 1) * (k / (n - 1)) ** power)))
@@ -114,7 +115,7 @@ def ddim(
     `eta` is the share of fresh noise, in [0, 1]. CompVis' code ends at `alpha_bar[0]`, not at 1.
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is between 0 (deterministic) and 1 (ancestral), got {eta}")
+        raise InputError(f"eta is between 0 (deterministic) and 1 (ancestral), got {eta}")
     steps, alpha_bars = _grid(schedule, timesteps, final_alpha_bar)
     draw = noise or _drawing(z, generator)
     for i, t in enumerate(steps):
@@ -184,7 +185,7 @@ POWERS = {"dpm_solver_pp": 2.0}
 def get_sampler(name: str) -> Callable[..., Tensor]:
     """Return the sampler of that name; ValueError lists the names there are."""
     if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}; take one of {', '.join(SAMPLERS)}")
+        raise InputError(f"unknown sampler {name!r}; take one of {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
 
 
@@ -199,7 +200,7 @@ class Sampling:
     def __post_init__(self) -> None:
         """Raise ValueError for a seed that no generator takes."""
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"a seed is an integer from -2**63 to 2**64 - 1, got {self.seed!r}")
+            raise InputError(f"a seed is an integer from -2**63 to 2**64 - 1, got {self.seed!r}")
 
     def generator(self, purpose: str = "") -> torch.Generator:
         """Return a fresh generator on the CPU; each `purpose` has a stream of its own."""
@@ -246,7 +247,7 @@ def _half_log_snr(alpha_bar: float) -> float:
 def _drawing(z: Tensor, generator: torch.Generator | None) -> Callable[[int], Tensor]:
     """Return a `noise(t)` that draws float32 noise like `z` on the CPU."""
     if generator is not None and generator.device.type != "cpu":
-        raise ValueError(f"noise is drawn on the CPU; got a generator on {generator.device}")
+        raise InputError(f"noise is drawn on the CPU; got a generator on {generator.device}")
     return lambda t: torch.randn(z.shape, generator=generator, dtype=torch.float32)
 
 
@@ -258,7 +259,7 @@ def _grid(
     alpha_bars = schedule.alpha_bar[steps].tolist()
     final = float(final_alpha_bar)
     if not alpha_bars[-1] <= final <= 1:
-        raise ValueError(
+        raise InputError(
             f"final_alpha_bar is between {alpha_bars[-1]:.6f} (at the last step) and 1, got {final}"
         )
     return steps, [*alpha_bars, final]
@@ -276,7 +277,7 @@ def _check_timesteps(timesteps: Timesteps, total: int) -> list[int]:
         steps = []
     inside = all(0 <= t < total for t in steps)
     if not steps or not inside or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
-        raise ValueError(
+        raise InputError(
             f"timesteps is a number of steps or strictly decreasing integers in [0, {total}), "
             f"got {timesteps!r}"
         )

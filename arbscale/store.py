@@ -8,7 +8,6 @@ before it is used.
 from __future__ import annotations
 
 import contextlib
-import dis
 import errno
 import hashlib
 import itertools
@@ -27,6 +26,9 @@ from torch import Tensor, nn
 
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 1_000_000  # at most
+KINDS = dict.fromkeys(("name", "data", "licence"), str)
+KINDS |= {"commands": list, "minutes": float, "losses": dict}
+"""Of what training writes into a manifest and reads again; a field may be missing."""
 FORMAT = 1  # of the manifest and of the files beside it
 SHARD_BYTES = 15_000_000
 SHIPPED = (Path(__file__).parent / "shipped", Path(__file__).parent.parent / "data")
@@ -37,33 +39,27 @@ class InputError(ValueError):
     """What was given cannot be used: files, names or numbers. The message says which, and why."""
 
 
-STRAY = (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
+class StateError(RuntimeError):
+    """What is asked for is not possible now: a lock is held, a run stopped, a server is away."""
+
+
+STRAY = (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, EOFError, RecursionError)
+"""What readers raise, beside ValueError, where a file holds something else than they take."""
 
 
 @contextlib.contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Raise InputError with the path where a file does not hold what its reader takes."""
+def reading(path: str | Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise InputError with the path where a file does not hold what its reader takes.
+
+    `kinds` are errors of its library beside those of Python and safetensors.
+    """
     try:
         yield
-    except (ValueError, SafetensorError, *STRAY) as error:
-        if deliberate(error):
-            raise
+    except InputError:
+        raise
+    except (ValueError, SafetensorError, *STRAY, *kinds) as error:
         why = f"{type(error).__name__}: {error}"
         raise InputError(f"{path} is damaged, or written by something else ({why})") from error
-
-
-def deliberate(error: BaseException) -> bool:
-    """Return whether a `raise` of this package raised the error, so that its text is for users.
-
-    Otherwise it comes out of a library, a built-in function or an operator: a bug, or a file that
-    does not hold what its reader takes.
-    """
-    trace = error.__traceback__
-    while trace.tb_next:
-        trace = trace.tb_next
-    frame = trace.tb_frame
-    ours = (frame.f_globals.get("__package__") or "").split(".")[0] == __package__
-    return ours and dis.opname[frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
 def shipped() -> list[str]:
@@ -136,20 +132,20 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
     for entry in manifest["files"]:
         path = folder / entry["name"]
         if path.resolve().parent != folder.resolve():
-            raise ValueError(f"{path} is named in the manifest but lies in another folder")
+            raise InputError(f"{path} is named in the manifest but lies in another folder")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is named in the manifest but missing; fetch it again")
         size = path.stat().st_size
         if size != entry["bytes"]:  # a truncated download, or a git-lfs pointer
-            raise ValueError(f"{path} has {size} bytes, not {entry['bytes']}; fetch it again")
+            raise InputError(f"{path} has {size} bytes, not {entry['bytes']}; fetch it again")
         if sha256(path) != entry["sha256"]:
-            raise ValueError(f"{path} does not have its manifest's SHA-256; fetch it again")
+            raise InputError(f"{path} does not have its manifest's SHA-256; fetch it again")
         try:
             shard = load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file ({error})") from None
+            raise InputError(f"{path} is not a safetensors file ({error})") from None
         if twice := sorted(set(state) & set(shard)):
-            raise ValueError(f"{path} holds {twice[0]}, which another file holds already")
+            raise InputError(f"{path} holds {twice[0]}, which another file holds already")
         check_finite(shard, path)
         state |= shard
     return {name: tensor.float() for name, tensor in state.items()}, manifest
@@ -159,9 +155,9 @@ def check_finite(state: dict[str, Tensor], origin: str | Path) -> None:
     """Raise ValueError unless all tensors are real floats and finite."""
     for name, tensor in state.items():
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} in {origin} is {tensor.dtype}; weights are floats")
+            raise InputError(f"{name} in {origin} is {tensor.dtype}; weights are floats")
         if not bool(tensor.float().isfinite().all()):
-            raise ValueError(f"{name} in {origin} holds NaN or infinity; train or fetch it again")
+            raise InputError(f"{name} in {origin} holds NaN or infinity; train or fetch it again")
 
 
 def read_manifest(folder: str | Path) -> dict:
@@ -169,21 +165,22 @@ def read_manifest(folder: str | Path) -> dict:
     path = Path(folder) / MANIFEST
     manifest: Any = None
     if path.stat().st_size > MANIFEST_BYTES:
-        raise ValueError(f"{path} is over {MANIFEST_BYTES:,} bytes; a manifest is smaller")
+        raise InputError(f"{path} is over {MANIFEST_BYTES:,} bytes; a manifest is smaller")
     with contextlib.suppress(ValueError, RecursionError):
         manifest = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(manifest, dict):
-        raise ValueError(f"{path} is damaged; fetch or save the model again")
+        raise InputError(f"{path} is damaged; fetch or save the model again")
     version = manifest.get("format")
     if type(version) is int and version > FORMAT:
-        raise ValueError(
+        raise InputError(
             f"{path} has format {version}, newer than {FORMAT}, which this version reads; update "
             "arbscale"
         )
     files, preset = manifest.get("files"), manifest.get("preset")
     sound = isinstance(files, list) and files and all(_is_entry(entry) for entry in files)
+    sound = sound and all(isinstance(manifest.get(k, kind()), kind) for k, kind in KINDS.items())
     if version != FORMAT or not sound or not isinstance(preset, dict) or not preset:
-        raise ValueError(f"{path} is damaged; fetch or save the model again")
+        raise InputError(f"{path} is damaged; fetch or save the model again")
     return manifest
 
 
@@ -225,9 +222,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a draft beside `path`, to be written; then move it into place.
 
     At every moment `path` is the old file or the new one, whole: the draft is synced to disk before
-    it gets the name. Where the writing fails, the draft is removed and the error goes on.
+    it gets the name. Where the writing fails, the draft is removed and the error goes on. A link
+    stays one, and the file that it leads to is replaced.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".draft-{os.getpid()}-{path.name}")
     try:
@@ -244,7 +242,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def check_writable(path: str | Path) -> None:
     """Raise OSError where a file cannot be written at `path`: before hours of work, not after."""
     path = Path(path)
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    parent = next(folder for folder in Path(os.path.realpath(path)).parents if folder.exists())
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file")
     if not parent.is_dir():
@@ -281,7 +279,7 @@ def locked(path: str | Path) -> Iterator[None]:
     """Keep other processes from writing `path`, a file or a folder; one process may nest calls.
 
     The lock is a file beside `path` that names its holder. The system releases it when the process
-    ends, even by a kill, so none is left behind. Raises RuntimeError that says who holds the lock.
+    ends, even by a kill, so none is left behind. Raises StateError that says who holds the lock.
     """
     path = Path(path).resolve()
     lock = path.with_name(f".{path.name}.lock")
@@ -304,7 +302,7 @@ def locked(path: str | Path) -> Iterator[None]:
 
 
 def _acquire(lock: Path) -> TextIO:
-    """Open and lock a file; RuntimeError if another process has locked it."""
+    """Open and lock a file; StateError if another process has locked it."""
     while True:
         file = lock.open("a+", encoding="utf-8")
         try:
@@ -320,7 +318,7 @@ def _acquire(lock: Path) -> TextIO:
             holder = file.read() or "another process"
             file.close()
             output = lock.with_name(lock.name[1 : -len(".lock")])
-            raise RuntimeError(f"{output} is in use: {holder}; wait until it ends") from None
+            raise StateError(f"{output} is in use: {holder}; wait until it ends") from None
         file.close()  # its holder has removed it meanwhile
 
 

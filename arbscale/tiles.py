@@ -93,7 +93,7 @@ def tiles(size: Size, side: int, overlap: int) -> Iterator[Tile]:
     Raises ValueError unless 0 <= overlap < side.
     """
     if not 0 <= overlap < side:
-        raise ValueError(f"a tile of {side} px cannot overlap by {overlap} px; take a larger tile")
+        raise InputError(f"a tile of {side} px cannot overlap by {overlap} px; take a larger tile")
     rows, cols = (_spans(n, side, overlap) for n in size)
     for top, bottom, over_top in rows:
         for left, right, over_left in cols:

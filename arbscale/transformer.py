@@ -65,7 +65,7 @@ class TokenBlock(nn.Module):
     def __init__(self, width: int, head_channels: int):
         super().__init__()
         if width % head_channels or head_channels % 4:
-            raise ValueError(
+            raise InputError(
                 "a transformer's width is a multiple of head_channels, and head_channels of 4, got "
                 f"{width} and {head_channels}"
             )

@@ -87,7 +87,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, head_channels: int):
         super().__init__()
         if channels % head_channels:
-            raise ValueError(
+            raise InputError(
                 f"attention's width is a multiple of head_channels, got {channels} and "
                 f"{head_channels}"
             )
@@ -269,7 +269,7 @@ def with_condition(z_t: Tensor, condition: Tensor | None, channels: int) -> Tens
     """Join latents (B, c, h, w) and their condition, which a denoiser has `channels` of, or 0."""
     if (condition is None) != (channels == 0):
         need = f"{channels} channels of" if channels else "no"
-        raise ValueError(f"this denoiser takes {need} condition")
+        raise InputError(f"this denoiser takes {need} condition")
     return z_t if condition is None else torch.cat([z_t, condition], dim=1)
 
 

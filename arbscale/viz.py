@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from arbscale.coords import Window, check_window
+from arbscale.store import InputError
 
 Images = Tensor | Sequence[Tensor]
 
@@ -41,7 +42,7 @@ def _labels(labels: Sequence[Any] | None, n: int) -> list[str]:
     """Return n labels, empty for None; ValueError for another number of them."""
     labels = [""] * n if labels is None else [str(label) for label in labels]
     if len(labels) != n:
-        raise ValueError(f"{n} images need {n} titles, got {len(labels)}")
+        raise InputError(f"{n} images need {n} titles, got {len(labels)}")
     return labels
 
 

@@ -426,6 +426,10 @@ def test_weights_that_are_not_taesds_are_refused():
         compat.tiny_encoder({k: v for k, v in state.items() if k != "7.conv.2.bias"})
     with pytest.raises(ValueError, match="extra"):
         compat.tiny_encoder(state | {"extra.weight": torch.zeros(1)})
+    for wrong in (float("nan"), float("inf")):
+        state["0.bias"] = torch.full((8,), wrong)
+        with pytest.raises(ValueError, match=r"0\.bias"):
+            compat.tiny_encoder(state)
 
 
 @pytest.mark.skipif(not TAESD.is_dir(), reason="ARBSCALE_WEIGHTS names no folder with taesd/")

@@ -48,3 +48,11 @@ def test_training_and_evaluation_know_of_each_other_what_is_public(wing, other):
 
 def test_the_package_is_seen_at_a_glance():
     assert len([p for p in PACKAGE.iterdir() if p.name != "__pycache__"]) <= 20
+
+
+def test_errors_for_users_have_classes_of_their_own():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        raised = [x.exc for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.Raise)]
+        names = {x.func.id for x in raised if isinstance(getattr(x, "func", None), ast.Name)}
+        if path.parent.name != "widgets":  # which show their errors beside the image
+            assert not names & {"ValueError", "RuntimeError"}, path

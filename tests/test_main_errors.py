@@ -44,10 +44,11 @@ def test_a_bug_shows_its_traceback(run, monkeypatch):
         (MemoryError(), "out of memory"),
         (OSError(28, "No space left on device"), "No space left"),
         (store.InputError("a.png is damaged"), "a.png"),
+        (store.StateError("stopped at step 3"), "step 3"),
         (
-            ValueError(
-                "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most "
-                "recent call last):\n  line\nValueError: a.png: no image\n"
+            store.InputError(
+                "Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most "
+                "recent call last):\n  line\narbscale.store.InputError: a.png: no image\n"
             ),
             "arbscale: a.png: no image",
         ),

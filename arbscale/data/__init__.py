@@ -27,27 +27,3 @@ from arbscale.data.sets import (
     open_dataset,
     sample_photos,
 )
-
-__all__ = [
-    "FIELDS",
-    "MOODS",
-    "ContinuousScenes",
-    "ImageFolder",
-    "PatchDataset",
-    "Scenes",
-    "data_root",
-    "find_folder",
-    "load_image",
-    "low_high_pair",
-    "open_dataset",
-    "random_crop",
-    "render_scenes",
-    "resize",
-    "sample_photos",
-    "sample_scenes",
-    "scene_colors",
-    "to_pil",
-    "to_tensor",
-    "to_uint8",
-    "training_crop",
-]

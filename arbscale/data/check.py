@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from arbscale.coords import Size
 from arbscale.data.folders import SPLITS, open_folder, scan_folder
 from arbscale.data.images import open_image, open_upright, reason
+from arbscale.store import InputError
 
 SHOWN = 5  # names printed of each group
 
@@ -78,7 +79,7 @@ def check_file(root: Path, name: str) -> FileReport:
             rgb, _, notes = open_upright(image)
             notes = _by_content(image, root / name) + notes
             return FileReport(name, tuple(rgb.shape[1:]), tuple(notes))
-    except (ValueError, FileNotFoundError) as error:
+    except (InputError, FileNotFoundError) as error:
         return FileReport(name, problem=reason(error.__cause__ or error))
 
 
@@ -90,7 +91,7 @@ def splits(root: Path) -> str:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the report has said it already
                 lines.append(f"{split}: {len(open_folder(root, split))}")
-        except (ValueError, FileNotFoundError) as error:
+        except (InputError, FileNotFoundError) as error:
             lines.append(f"{split}: none ({error})")
     return "\n".join(lines)
 

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from arbscale import store
 from arbscale.data.folders import EXTENSIONS
 from arbscale.data.sets import data_root
+from arbscale.store import InputError, StateError
 
 TIMEOUT = 30.0  # seconds without a byte
 RETRIES = 3  # of a download that failed
@@ -95,7 +96,7 @@ def download(name: str, root: str | Path | None = None) -> list[Path]:
     server does not deliver, OSError for a full disk. Rerun it after a failure: finished files stay.
     """
     if name not in FILES:
-        raise ValueError(f"no download {name!r}; there are {', '.join(FILES)}")
+        raise InputError(f"no download {name!r}; there are {', '.join(FILES)}")
     variable = "ARBSCALE_WEIGHTS" if name == "taesd" else "ARBSCALE_DATA"
     root = Path(root).expanduser() if root else data_root(variable)
     for file in FILES[name]:
@@ -106,7 +107,7 @@ def download(name: str, root: str | Path | None = None) -> list[Path]:
             found = sum(path.suffix.lower() in EXTENSIONS for path in target.rglob("*"))
             if found != file.images:
                 wanted = f"{found} images, wanted {file.images}"
-                raise ValueError(f"{target} holds {wanted}; move it away first")
+                raise InputError(f"{target} holds {wanted}; move it away first")
         else:
             archive = target.with_name(PurePosixPath(file.url.partition("?")[0]).name)
             fetch(file.url, archive, file.size, file.sha256)
@@ -126,7 +127,7 @@ def fetch(url: str, path: Path, size: int, sha256: str) -> None:
 
     if path.exists():
         if store.sha256(path) != sha256:
-            raise ValueError(f"{path} does not have SHA-256 {sha256}; delete it and run this again")
+            raise InputError(f"{path} does not have SHA-256 {sha256}; delete it and run this again")
         return
     get = pooch.HTTPDownloader(progressbar=True, chunk_size=_CHUNK, timeout=TIMEOUT)
     with _partial(path) as folder, store.replacing(path) as draft:
@@ -140,7 +141,7 @@ def fetch(url: str, path: Path, size: int, sha256: str) -> None:
             ).fetch(path.name, downloader=get)  # fmt: skip
         except requests.RequestException as error:
             hint = f"if it has moved, download it by hand as {path} and run this again"
-            raise RuntimeError(f"{url}: {error}; {hint}") from error
+            raise StateError(f"{url}: {error}; {hint}") from error
         os.replace(folder / path.name, draft)
 
 
@@ -167,7 +168,7 @@ def unpack(archive: Path, target: Path, members: Mapping[str, str], images: int)
         with _partial(target) as folder, zipfile.ZipFile(archive) as file:
             plan = _plan(file, members)
             if len(plan) != images:
-                raise ValueError(f"it holds {len(plan)} images, wanted {images}")
+                raise InputError(f"it holds {len(plan)} images, wanted {images}")
             for name in tqdm(plan, desc=f"unpacking {archive.name}", unit="file"):
                 path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +180,7 @@ def unpack(archive: Path, target: Path, members: Mapping[str, str], images: int)
     except Exception as error:  # zipfile, zlib and others raise many kinds for damage
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise  # a full disk, no permission; but not a seek beyond any file
-        raise ValueError(f"{archive} is not unpacked: {error}; delete it and run again") from error
+        raise InputError(f"{archive} is not unpacked: {error}; delete it and run again") from error
 
 
 def _plan(file: zipfile.ZipFile, members: Mapping[str, str]) -> dict[str, zipfile.ZipInfo]:
@@ -189,19 +190,19 @@ def _plan(file: zipfile.ZipFile, members: Mapping[str, str]) -> dict[str, zipfil
     one is not the one we want: ValueError.
     """
     if sum(info.file_size for info in file.infolist()) > MAX_UNPACKED:
-        raise ValueError(f"it unpacks to more than {MAX_UNPACKED} bytes")
+        raise InputError(f"it unpacks to more than {MAX_UNPACKED} bytes")
     plan: dict[str, zipfile.ZipInfo] = {}
     for info in file.infolist():
         name, path = info.filename, PurePosixPath(info.filename)
         if path.is_absolute() or "\\" in name or ":" in name or ".." in path.parts:
-            raise ValueError(f"it holds {name!r}, outside its folder")
+            raise InputError(f"it holds {name!r}, outside its folder")
         if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise ValueError(f"it holds {name!r}, a link or a device")
+            raise InputError(f"it holds {name!r}, a link or a device")
         folder = members.get(path.parent.as_posix())
         if folder is None or path.suffix.lower() not in EXTENSIONS or path.name.startswith("."):
             continue
         place = (PurePosixPath(folder) / path.name).as_posix()
         if place in plan:
-            raise ValueError(f"it holds {name!r} twice")
+            raise InputError(f"it holds {name!r} twice")
         plan[place] = info
     return plan

@@ -37,6 +37,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from arbscale.data.images import load_pixels, open_image, reason, to_tensor
+from arbscale.store import InputError
 
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SPLITS = ("train", "val", "test")
@@ -80,7 +81,7 @@ class ImageFolder(Dataset):
         if self.skipped:
             self._warn("skipped when the folder was opened")
         if not self.paths:
-            raise ValueError(
+            raise InputError(
                 f"no image in {root}: none of {len(names)} files can be used; wanted files "
                 f"ending in {', '.join(sorted(EXTENSIONS))}"
             )
@@ -100,13 +101,13 @@ class ImageFolder(Dataset):
                 continue
             try:
                 return to_tensor(self._pixels(index))
-            except (ValueError, FileNotFoundError) as error:
+            except (InputError, FileNotFoundError) as error:
                 if not self.substitute:
                     hint = f"`python -m arbscale check {self.root}` lists all such files"
                     raise type(error)(f"{error}; {hint}") from error
                 self.skipped[path] = reason(error.__cause__ or error)
                 self._warn("replaced by the next image")
-        raise ValueError(f"no image in {self.root} can be read any more; is it still there?")
+        raise InputError(f"no image in {self.root} can be read any more; is it still there?")
 
     def _pixels(self, index: int) -> Tensor:
         pixels = self._cache.get(index)
@@ -121,7 +122,7 @@ class ImageFolder(Dataset):
         try:
             with open_image(path):
                 return True
-        except (ValueError, FileNotFoundError) as error:
+        except (InputError, FileNotFoundError) as error:
             self.skipped[path] = reason(error.__cause__ or error)
             return False
 
@@ -179,11 +180,11 @@ def read_split_list(root: Path, split_list: Path) -> list[str]:
     names = _lines(split_list)
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{split_list} names {name!r}; wanted paths inside {root}")
+            raise InputError(f"{split_list} names {name!r}; wanted paths inside {root}")
         if not os.path.isfile(root / name):
             raise FileNotFoundError(f"{split_list} names {name!r}, which is not in {root}")
     if not names:
-        raise ValueError(f"{split_list} names no image; wanted one path per line")
+        raise InputError(f"{split_list} names no image; wanted one path per line")
     return names
 
 
@@ -213,7 +214,7 @@ def open_folder(
     folders = {s: root / n for s in SPLITS for n in _SUBFOLDERS[s] if (root / n).is_dir()}
     if "train" in folders or (root / "DIV2K_valid_HR").is_dir():
         if split not in folders:
-            raise ValueError(f"{root} has no images for {split!r}, only for {', '.join(folders)}")
+            raise InputError(f"{root} has no images for {split!r}, only for {', '.join(folders)}")
         return ImageFolder(folders[split], None, substitute)
     names = scan_folder(root)[0]
     beside = {s: root.parent / f"{s}.txt" for s in SPLITS}
@@ -222,14 +223,14 @@ def open_folder(
     if not any(held.values()):
         return ImageFolder(root, partition(names, split, parts, seed), substitute)
     if not held.get(split):
-        raise ValueError(f"{beside[split]} names none of the images in {root}")
+        raise InputError(f"{beside[split]} names none of the images in {root}")
     return ImageFolder(root, held[split], substitute)
 
 
 def check_split(split: str) -> None:
     """Raise ValueError for anything but the three splits."""
     if split not in SPLITS:
-        raise ValueError(f"a split is one of {', '.join(SPLITS)}, got {split!r}")
+        raise InputError(f"a split is one of {', '.join(SPLITS)}, got {split!r}")
 
 
 def partition(
@@ -245,7 +246,7 @@ def partition(
     check_split(split)
     counts = dict(zip(SPLITS, _counts(len(names), parts), strict=True))
     if not counts[split]:
-        raise ValueError(f"parts={tuple(parts)} leaves no image for {split!r}")
+        raise InputError(f"parts={tuple(parts)} leaves no image for {split!r}")
     keys = {name: f"{seed}/{name}".encode("utf-8", "surrogateescape") for name in names}
     order = sorted(names, key=lambda name: hashlib.sha256(keys[name]).digest())
     start = {"val": 0, "test": counts["val"], "train": counts["val"] + counts["test"]}[split]
@@ -256,11 +257,11 @@ def _counts(n: int, parts: Sequence[float]) -> tuple[int, int, int]:
     train, val, test = parts
     whole = all(isinstance(part, int) for part in parts)
     if min(parts) < 0 or sum(parts) > (n if whole else 1 + 1e-9):
-        raise ValueError(f"parts={tuple(parts)} of {n} images; wanted counts, or fractions up to 1")
+        raise InputError(f"parts={tuple(parts)} of {n} images; wanted counts, or fractions up to 1")
     if whole:
         return int(train), int(val), int(test)
     if n < 3:
-        raise ValueError(f"{n} images cannot be split in three; use split='all'")
+        raise InputError(f"{n} images cannot be split in three; use split='all'")
     held_out = [max(1, int(n * part + 1e-9)) if part else 0 for part in (val, test)]
     wanted = n if sum(parts) > 1 - 1e-9 else int(n * sum(parts) + 1e-9)
     return max(0, wanted - sum(held_out)), held_out[0], held_out[1]

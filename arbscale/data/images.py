@@ -19,6 +19,7 @@ from torch import Tensor
 from arbscale.coords import Size, check_size, scaled_size
 from arbscale.data import pixels
 from arbscale.data.pixels import on_white
+from arbscale.store import InputError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is read, by content. PIL's rarer decoders (one starts Ghostscript) are not used."""
@@ -48,7 +49,7 @@ def open_upright(image: Any) -> tuple[Tensor, Tensor | None, list[str]]:
     if isinstance(image, Image.Image) and image.width * image.height:
         return pixels.open_upright(image)
     found = type(image).__name__
-    raise ValueError(f"an image is a PIL image with pixels, an array or a tensor, got {found}")
+    raise InputError(f"an image is a PIL image with pixels, an array or a tensor, got {found}")
 
 
 def to_upright(image: Any) -> tuple[Any, list[str]]:
@@ -63,13 +64,13 @@ def to_upright(image: Any) -> tuple[Any, list[str]]:
 
 def _tensor_to_tensor(image: Tensor) -> Tensor:
     if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-        raise ValueError(f"an image is a tensor (3, H, W), got {tuple(image.shape)}")
+        raise InputError(f"an image is a tensor (3, H, W), got {tuple(image.shape)}")
     if image.dtype == torch.uint8:
         return image.float().div_(127.5).sub_(1)
     # NaN fails this comparison too.
     if not image.is_floating_point() or not bool((image.abs() <= 1 + 1e-4).all()):
         found = f"{image.dtype} from {image.min().item():.3g} to {image.max().item():.3g}"
-        raise ValueError(f"wanted uint8 or floats in [-1, 1], got {found}; map [0, 1] by 2 * x - 1")
+        raise InputError(f"wanted uint8 or floats in [-1, 1], got {found}; map [0, 1] by 2 * x - 1")
     return image.float().clamp(-1, 1)
 
 
@@ -80,7 +81,7 @@ def _open_array(array: np.ndarray) -> tuple[Tensor, Tensor | None, list[str]]:
     channels = array.shape[2] if array.ndim == 3 else 1
     known = array.dtype in (np.uint8, np.uint16) and array.ndim in (2, 3) and array.size
     if not known or channels not in (1, 3, 4):
-        raise ValueError(
+        raise InputError(
             "an array is uint8 or uint16, (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got "
             f"{array.dtype} {array.shape}; floats go in as a tensor (3, H, W) in [-1, 1]"
         )
@@ -105,9 +106,9 @@ def to_pil(image: Tensor) -> Any:
     from PIL import Image
 
     if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-        raise ValueError(f"wanted floats (3, H, W), got {image.dtype} {tuple(image.shape)}")
+        raise InputError(f"wanted floats (3, H, W), got {image.dtype} {tuple(image.shape)}")
     if not bool(image.isfinite().all()):
-        raise ValueError("an image holds NaN or infinity; wanted floats in [-1, 1]")
+        raise InputError("an image holds NaN or infinity; wanted floats in [-1, 1]")
     return Image.fromarray(to_uint8(image.detach().float()).permute(1, 2, 0).cpu().numpy())
 
 
@@ -125,10 +126,10 @@ def open_image(path: str | Path) -> Iterator[Any]:
         with _open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.height} x {image.width}"
-                raise ValueError(f"{size} is over {MAX_PIXELS:,} pixels; cut it into parts")
+                raise InputError(f"{size} is over {MAX_PIXELS:,} pixels; cut it into parts")
             yield image
     except Exception as error:  # a decoder fed with a damaged file may raise anything
-        raise ValueError(f"{path} cannot be read ({reason(error)}); replace it") from error
+        raise InputError(f"{path} cannot be read ({reason(error)}); replace it") from error
 
 
 def _open(path: Path) -> Any:
@@ -157,11 +158,6 @@ def reason(error: BaseException) -> str:
     return re.sub(r" \(\d+ bytes not processed\)", "", str(error)) or type(error).__name__
 
 
-def decode(image: Any) -> Tensor:
-    """Decode the first frame of what `open_image` opened, turned upright as its EXIF tag says."""
-    return to_tensor(image)
-
-
 def load_pixels(path: str | Path) -> Tensor:
     """Read an image file as uint8 (3, H, W): `load_image` in a quarter of the memory."""
     with open_image(path) as image:
@@ -175,7 +171,7 @@ def load_image(path: str | Path) -> Tensor:
     Raises FileNotFoundError for no such file, ValueError for one that cannot be read.
     """
     with open_image(path) as image:
-        return decode(image)
+        return to_tensor(image)
 
 
 def resize(image: Tensor, size: int | Size) -> Tensor:
@@ -185,7 +181,7 @@ def resize(image: Tensor, size: int | Size) -> Tensor:
     """
     if image.ndim not in (3, 4) or not image.is_floating_point():
         found = f"{image.dtype} {tuple(image.shape)}"
-        raise ValueError(f"resize takes floats (3, H, W) or (B, 3, H, W), got {found}")
+        raise InputError(f"resize takes floats (3, H, W) or (B, 3, H, W), got {found}")
     batch = image if image.ndim == 4 else image[None]
     resized = F.interpolate(batch, check_size(size), mode="bicubic", antialias=True).clamp(-1, 1)
     return resized if image.ndim == 4 else resized[0]
@@ -235,7 +231,7 @@ def low_high_pair(image: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     height, width = image.shape[-2:]
     if not 1 <= scale <= min(height, width):
         limit = f"from 1 to {min(height, width)}"
-        raise ValueError(f"the scale of an image of {height} x {width} is {limit}, got {scale!r}")
+        raise InputError(f"the scale of an image of {height} x {width} is {limit}, got {scale!r}")
     low = [int((n + 0.5) / scale) for n in (height, width)]
     low = [m - (round(scale * m) > n) for m, n in zip(low, (height, width), strict=True)]
     high_size = scaled_size((low[0], low[1]), scale)

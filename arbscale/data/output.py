@@ -9,6 +9,7 @@ from typing import Any
 
 from arbscale import store
 from arbscale.coords import Size
+from arbscale.store import InputError
 
 QUALITY = 95  # of formats that lose some: an enlarger's output is looked at closely
 LOSSY = ("JPEG", "WEBP", "AVIF")
@@ -27,20 +28,20 @@ def check_output(path: Path, size: Size, quality: int = QUALITY) -> None:
     from PIL import Image
 
     if not 1 <= quality <= 100:
-        raise ValueError(f"--quality is from 1 to 100, got {quality}")
+        raise InputError(f"--quality is from 1 to 100, got {quality}")
     kind, hint = _kind(path), f"name an image file such as {path.stem or 'out'}.png"
     if kind not in Image.SAVE:
-        raise ValueError(f"{path}: images cannot be written as {path.suffix or 'that'}; {hint}")
+        raise InputError(f"{path}: images cannot be written as {path.suffix or 'that'}; {hint}")
     whole = f"{size[0]} x {size[1]}"
     for height, width in ((1, size[1]), (size[0], 1)):
         try:
             written = _written_size(Image.new("RGB", (width, height)), kind, quality)
         except Exception as error:  # each format fails in its own way
             said = str(error) or type(error).__name__
-            raise ValueError(f"{path}: {whole} cannot be {kind} ({said}); {hint}") from error
+            raise InputError(f"{path}: {whole} cannot be {kind} ({said}); {hint}") from error
         if written != (width, height):
             largest = max(written)
-            raise ValueError(f"{path}: {kind} would make {whole} at most {largest} long; {hint}")
+            raise InputError(f"{path}: {kind} would make {whole} at most {largest} long; {hint}")
     store.check_writable(path)
 
 

@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arbscale.store import InputError
+
 BAND = 1 << 22  # pixels that are converted at a time
 LARGE = 1 << 20  # bytes: PIL refuses texts and profiles of more in a PNG
 DROPPED = "texts or profile of over 1 MB, ignored"
@@ -94,13 +96,13 @@ def _header(image: Any) -> tuple[list[str], float, bool, int]:
     bits, formats = (set(np.atleast_1d(tags.get(tag, 1)).tolist()) for tag in (_BITS, _FORMAT))
     kind = getattr(image, "format", None)
     if image.mode == "F":
-        raise ValueError("an image of floats has no known white; convert it to 8 bits")
+        raise InputError("an image of floats has no known white; convert it to 8 bits")
     if image.mode == "I" and (kind not in ("PNG", "PPM", "TIFF") or max(bits) > 16):
-        raise ValueError("an image of over 16 bits has no known white; convert it to 8 bits")
+        raise InputError("an image of over 16 bits has no known white; convert it to 8 bits")
     if 2 in formats:
-        raise ValueError("an image of signed integers has no known black; convert it to 8 bits")
+        raise InputError("an image of signed integers has no known black; convert it to 8 bits")
     if tags.get(_PLANAR) == 2 and max(bits) > 8 and image.mode not in ("I", "I;16", "I;16B"):
-        raise ValueError("16 bits in planes stored apart cannot be read; save them interleaved")
+        raise InputError("16 bits in planes stored apart cannot be read; save them interleaved")
     codec, args = (
         (image.tile[0][0], image.tile[0][-1]) if getattr(image, "tile", None) else ("", ())
     )
@@ -280,7 +282,7 @@ def _transform(profile: bytes, mode: str) -> tuple[str, Any]:
 
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if source.profile.xcolor_space.strip() != _SPACES[mode]:
-        raise ValueError(f"a profile of {source.profile.xcolor_space} does not suit {mode}")
+        raise InputError(f"a profile of {source.profile.xcolor_space} does not suit {mode}")
     intent = source.profile.rendering_intent
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent)
     name = " ".join(ImageCms.getProfileDescription(source).split())[:60] or "without a name"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from arbscale import coords as pixels
 from arbscale.coords import Size, Window
+from arbscale.store import InputError
 
 MOODS = ("dawn", "day", "dusk", "night")
 FIELDS = ("meadow", "wheat", "lavender", "tulips")
@@ -105,7 +106,7 @@ def sample_scenes(n: int, seed: int = 0, first: int = 0) -> Scenes:
     Scene i of a seed is the same whatever `n` and `first`. Raises ValueError for a negative count.
     """
     if n < 0 or first < 0:
-        raise ValueError(f"n and first must be at least 0, got n={n}, first={first}")
+        raise InputError(f"n and first must be at least 0, got n={n}, first={first}")
     draws = iter(_uniform(seed, torch.arange(first, first + n), _DRAWS).unbind(1))
 
     def between(low: float, high: float) -> Tensor:
@@ -337,7 +338,7 @@ def scene_colors(scenes: Scenes, coords: Tensor, cells: Tensor) -> Tensor:
     n = len(scenes)
     if coords.ndim != 3 or coords.shape[::2] != (n, 2) or cells.shape != (n, 2):
         shapes = f"{tuple(coords.shape)} and {tuple(cells.shape)}"
-        raise ValueError(f"{n} scenes need coords ({n}, N, 2) and cells ({n}, 2), got {shapes}")
+        raise InputError(f"{n} scenes need coords ({n}, N, 2) and cells ({n}, 2), got {shapes}")
     y, x = (v.contiguous() for v in coords.unbind(-1))  # (B, N)
     cell = cells[:, :1], cells[:, 1:]  # (B, 1) each
     # The lake is a mirror: below the shore, sky and mountains are those of the mirrored height.

@@ -20,6 +20,7 @@ from arbscale.coords import Size, check_size
 from arbscale.data.folders import SPLITS, check_split, open_folder
 from arbscale.data.images import load_image, to_tensor, training_crop
 from arbscale.data.scenes import render_scenes, sample_scenes
+from arbscale.store import InputError, StateError
 
 _SCENES_PER_SPLIT = 1 << 28
 _SAMPLE_PHOTOS = {
@@ -46,7 +47,7 @@ class ContinuousScenes(Dataset):
     ) -> None:
         check_split(split)
         if not 0 < count <= _SCENES_PER_SPLIT:
-            raise ValueError(f"count is from 1 to {_SCENES_PER_SPLIT}, got {count}")
+            raise InputError(f"count is from 1 to {_SCENES_PER_SPLIT}, got {count}")
         self.count, self.size, self.seed = count, check_size(size), seed
         self.first = SPLITS.index(split) * _SCENES_PER_SPLIT
 
@@ -61,7 +62,7 @@ class ContinuousScenes(Dataset):
     def batch(self, start: int, n: int) -> Tensor:
         """Return images `start` to `start + n - 1`, (n, 3, H, W): faster than one by one."""
         if not 0 <= start <= start + n <= self.count:
-            raise ValueError(f"images {start} to {start + n - 1} are not in 0..{self.count - 1}")
+            raise InputError(f"images {start} to {start + n - 1} are not in 0..{self.count - 1}")
         return render_scenes(sample_scenes(n, self.seed, self.first + start), self.size)
 
 
@@ -143,7 +144,7 @@ def open_dataset(
     if subset is None:
         return images
     if not 1 <= subset <= len(images):
-        raise ValueError(f"a subset of {len(images)} images has 1 to that many, got {subset}")
+        raise InputError(f"a subset of {len(images)} images has 1 to that many, got {subset}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return Subset(images, sorted(order[:subset].tolist()))
 
@@ -211,11 +212,11 @@ def _open_torchvision(name: str, split: str, root: Path) -> Dataset:
     if name.startswith("lsun"):
         splits = [s for s in splits if s != "test"]  # its test images have no category
     if not splits:
-        raise ValueError(f"{name} has no {split!r}; it has train and val")
+        raise InputError(f"{name} has no {split!r}; it has train and val")
     try:
         return _ImagesAlone(ConcatDataset([_torchvision(name, s, root) for s in splits]))
     except ImportError as error:
-        raise RuntimeError(f"{name} needs a package: pip install {error.name}") from error
+        raise StateError(f"{name} needs a package: pip install {error.name}") from error
     except (RuntimeError, OSError) as error:
         hint = _TORCHVISION[_set_of(name)]
         raise FileNotFoundError(f"{name} is not whole in {root} ({error}); {hint}") from error

@@ -13,21 +13,3 @@ from arbscale.evaluation.pairs import (
 )
 from arbscale.evaluation.protocols import get_protocol
 from arbscale.evaluation.resume import Partial
-
-__all__ = [
-    "Partial",
-    "Rows",
-    "evaluate_pairs",
-    "extractor",
-    "fid",
-    "get_protocol",
-    "images_per_second",
-    "interval",
-    "lpips_or_why_not",
-    "naive_render",
-    "pair_protocol",
-    "patch_frechet_distance",
-    "random_patches",
-    "reconstruction_rows",
-    "upscaling_rows",
-]

@@ -25,7 +25,7 @@ from arbscale.evaluation.sets import BATCH, RealPictures, batch_starts
 from arbscale.metrics import frechet_distance, precision_recall
 from arbscale.model import ArbitraryScaleModel, pick_device
 from arbscale.presets import Preset
-from arbscale.store import content_key
+from arbscale.store import InputError, content_key
 from arbscale.training import Run
 
 FIRST_STAGES = {"scenes": ("scenes", "scenes"), "cats": ("photos-tiny", "afhq_cats")}
@@ -78,9 +78,9 @@ class Settings:
     def __post_init__(self) -> None:
         """Raise ValueError for what cannot be compared."""
         if unknown := [name for name in self.comparisons if name not in COMPARISONS]:
-            raise ValueError(f"no comparison {unknown[0]!r}; there are: {'; '.join(COMPARISONS)}")
+            raise InputError(f"no comparison {unknown[0]!r}; there are: {'; '.join(COMPARISONS)}")
         if min(self.seeds, self.steps, self.pool - 1) < 1:
-            raise ValueError(f"seeds and steps are at least 1 and the pool 2, got {self}")
+            raise InputError(f"seeds and steps are at least 1 and the pool 2, got {self}")
 
 
 def ablate(settings: Settings, partial: Partial) -> dict:
@@ -129,7 +129,7 @@ class _Arena:
         scenes = data == "scenes"
         self.source = training.scene_source() if scenes else training.whole_source(train)
         if settings.number > (most := min(len(train), len(test))):  # distances depend on it
-            raise ValueError(f"{name} has {most} images to compare; take --number {most} or less")
+            raise InputError(f"{name} has {most} images to compare; take --number {most} or less")
         self.real, self.held_out = (RealPictures(x, settings.number) for x in (train, test))
         self.network = extractor(settings.features, self.device)
         facts = fingerprint(train), fingerprint(test)

@@ -23,6 +23,7 @@ from arbscale.samplers import Sampling
 from arbscale.unet import pick_precision
 
 MAX_BATCH = 100_000  # of bench
+MAX_SCALE = 64  # of evaluate; LPIPS of larger images would not fit into memory
 Output = Annotated[Path | None, arg(aliases=["-o"])]
 
 ARITHMETIC = 2
@@ -56,7 +57,7 @@ class Options:
         """Return the number of images; ValueError unless it is at least 1."""
         n = default if self.number is None else self.number
         if n < 1:
-            raise ValueError(f"--number is at least 1, got {n}")
+            raise InputError(f"--number is at least 1, got {n}")
         return n
 
     def sampling(self, default_steps: int) -> Sampling:
@@ -117,15 +118,17 @@ def _pairs(options: Options, model: ArbitraryScaleModel, task: str) -> tuple[dic
     from arbscale.data import open_dataset
 
     if task == "upscale" and not model.preset.low_size:
-        raise ValueError(f"{options.model} is a generator; take --task reconstruct or generate")
+        raise InputError(f"{options.model} is a generator; take --task reconstruct or generate")
+    if not all(0 < scale <= MAX_SCALE for scale in options.scales):
+        raise InputError(f"--scales are up to {MAX_SCALE}, got {options.scales}")
     data = _data(options, model)
     split = options.split or ("test" if data == "scenes" else "val")
     if data == "scenes" and split == "all":
-        raise ValueError("scenes have an exact ground truth by split; take train, val or test")
+        raise InputError("scenes have an exact ground truth by split; take train, val or test")
     images = open_dataset(data, split)
     n = options.count(32 if data == "scenes" else len(images))
     if n > len(images):
-        raise ValueError(f"{data}, {split} has {len(images)} images, fewer than {n}")
+        raise InputError(f"{data}, {split} has {len(images)} images, fewer than {n}")
     rule, sampling = (
         get_protocol(options.protocol),
         options.sampling(3 if task == "upscale" else 20),
@@ -154,12 +157,12 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
     from arbscale.data import ContinuousScenes, open_dataset
 
     if model.preset.low_size:
-        raise ValueError(f"{options.model} is a super-resolution model; take --task upscale")
+        raise InputError(f"{options.model} is a super-resolution model; take --task upscale")
     data, split = _data(options, model), options.split or "train"
     others = "test" if split != "test" else "train"
     n, reference = options.count(1000), options.reference
     if reference is not None and reference < 1:
-        raise ValueError(f"--reference is at least 1, got {reference}")
+        raise InputError(f"--reference is at least 1, got {reference}")
     if data == "scenes":  # there are as many as are asked for
         real, unseen = (ContinuousScenes(max(n, reference or 1), split=s) for s in (split, others))
     else:
@@ -187,7 +190,7 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
 def _writing(path: Path | None) -> contextlib.AbstractContextManager:
     """Return what keeps other processes from writing an output, refused before anything runs."""
     if path and (path.is_dir() or path.suffix.lower() != ".json"):
-        raise ValueError(f"{path}: name a JSON file, such as results/{path.stem or 'scores'}.json")
+        raise InputError(f"{path}: name a JSON file, such as results/{path.stem or 'scores'}.json")
     if path:
         store.check_writable(path)
     own = path and launched()[0] == 0  # of several processes that were launched together
@@ -210,7 +213,7 @@ def table(files: Positional[tuple[Path, ...]]) -> None:
 
     """
     if not files:
-        raise ValueError("name JSON files, or folders of them")
+        raise InputError("name JSON files, or folders of them")
     print(reports.document(files))
 
 
@@ -245,9 +248,9 @@ def bench(
 
     """
     if not 1 <= batch <= MAX_BATCH:
-        raise ValueError(f"--batch is from 1 to {MAX_BATCH}, got {batch}")
+        raise InputError(f"--batch is from 1 to {MAX_BATCH}, got {batch}")
     if not sizes or not 0 <= seconds < float("inf"):
-        raise ValueError(f"bench takes --sizes, and --seconds from 0 on, got {sizes}, {seconds}")
+        raise InputError(f"bench takes --sizes, and --seconds from 0 on, got {sizes}, {seconds}")
     with _writing(output):
         loaded = ArbitraryScaleModel.load(model).to(pick_device())
         report = benchmark.measure(loaded, sizes, batch, steps, 0.0 if quick else seconds)

@@ -16,6 +16,7 @@ from torch import Tensor
 from arbscale.coords import Size, Window, check_size
 from arbscale.evaluation.features import Extractor, extractor
 from arbscale.metrics import BLOCK, check_features, frechet_distance
+from arbscale.store import InputError
 
 FID_LEAST = 2048  # images: as many as Inception has features
 
@@ -57,7 +58,7 @@ def check_fid(images: int, allow_few: bool) -> None:
     if images >= FID_LEAST:
         return
     if not allow_few:
-        raise ValueError(
+        raise InputError(
             f"FID needs {FID_LEAST} images in each set, got {images}; take more, or say so with it "
             "(--allow-few, allow_few=True)"
         )
@@ -93,7 +94,7 @@ def random_patches(
     """
     low, high = sizes
     if not 0 < side <= low <= high:
-        raise ValueError(f"patches of {side} px need sizes from {side} px, smallest first: {sizes}")
+        raise InputError(f"patches of {side} px need sizes from {side} px, smallest first: {sizes}")
     generator = torch.Generator().manual_seed(seed)
     for i in range(n):
         size = int(torch.randint(low, high + 1, (), generator=generator))

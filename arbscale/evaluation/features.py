@@ -21,7 +21,7 @@ from torch import Tensor
 
 from arbscale.data import resize, to_uint8
 from arbscale.evaluation.resume import kept_tensors
-from arbscale.store import content_key, sha256
+from arbscale.store import InputError, content_key, sha256
 
 ENCODER = "photos-tiny"
 """The shipped model whose encoder serves as an extractor, for every model that is measured."""
@@ -55,9 +55,9 @@ class Extractor:
     def __call__(self, images: Tensor) -> Tensor:
         """Return the features; ValueError for what is not a batch of images."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(f"expected float (B, 3, H, W), got {images.dtype} {images.shape}")
+            raise InputError(f"expected float (B, 3, H, W), got {images.dtype} {images.shape}")
         if images.isnan().any():
-            raise ValueError("expected numbers in [-1, 1], got NaN")
+            raise InputError("expected numbers in [-1, 1], got NaN")
         few = to_uint8(images).split(CHUNK[self.device.type == "cpu"])
         return torch.cat([self.network(x.to(self.device)).float().cpu() for x in few])
 
@@ -71,7 +71,7 @@ def extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
     """
     makers = {"encoder": _encoder, "alexnet": _alexnet, "inception": _fidelity, "vgg16": _fidelity}
     if name not in makers:
-        raise ValueError(f"unknown features {name!r}; take one of {', '.join(makers)}")
+        raise InputError(f"unknown features {name!r}; take one of {', '.join(makers)}")
     return makers[name](name, torch.device(device))
 
 
@@ -182,7 +182,7 @@ def _hub_state(url: str, mend: str) -> dict[str, Tensor]:
             url, map_location="cpu", weights_only=True, check_hash=True
         )
     except RuntimeError as error:  # the hash
-        raise ValueError(f"{url} arrived damaged ({error}); run this again") from error
+        raise InputError(f"{url} arrived damaged ({error}); run this again") from error
     except OSError as error:
         raise FileNotFoundError(
             f"{url} is neither in {_checkpoints()} nor can it be downloaded ({error}); run this "
@@ -199,11 +199,11 @@ def _checked_state(path: Path) -> dict[str, Tensor]:
     if digits := re.search("-([0-9a-f]{8})$", path.stem):
         wanted, found = SHA256.get(digits[1], digits[1]), sha256(path)
         if not found.startswith(wanted):
-            raise ValueError(f"{path} is damaged: its SHA-256 is {found}, not {wanted}; delete it")
+            raise InputError(f"{path} is damaged: its SHA-256 is {found}, not {wanted}; delete it")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise ValueError(f"{path} holds no weights ({error}); fetch it again") from error
+        raise InputError(f"{path} holds no weights ({error}); fetch it again") from error
 
 
 def _checkpoints() -> Path:

@@ -16,6 +16,7 @@ from arbscale.evaluation.protocols import Protocol, eight_bits
 from arbscale.evaluation.resume import Partial, shared
 from arbscale.model import ArbitraryScaleModel
 from arbscale.samplers import Sampling
+from arbscale.store import InputError
 from arbscale.tiles import Tile, back_project
 
 Rows = dict[str, Tensor]
@@ -58,7 +59,7 @@ def _scene_pair(
 ) -> tuple[Tensor, Tensor]:
     """Return a scene at the training size and at `scale` times it, both exact."""
     if rule.low_size:
-        raise ValueError(
+        raise InputError(
             f"{rule.name} fixes the low size, which scenes lack; take whole, benchmark or div2k"
         )
     scene = sample_scenes(1, scenes.seed, scenes.first + index)
@@ -73,7 +74,7 @@ def _whole_latents(
     factor = model.first_stage.factor
     size = tuple(n // factor * factor for n in low.shape[-2:])
     if min(size) == 0:
-        raise ValueError(
+        raise InputError(
             f"an image of {low.shape[-2]} x {low.shape[-1]} is smaller than a latent pixel of "
             f"{factor} px; take a smaller scale"
         )
@@ -151,8 +152,8 @@ def evaluate_pairs(
     def scored(index: int, scale: float) -> dict[str, dict[str, float]]:
         try:
             return score(rows(index, scale), rule.space, rule.border(scale), with_lpips)
-        except ValueError as error:
-            raise ValueError(f"{name(index)} at x{spell(scale)}: {error}") from error
+        except InputError as error:
+            raise InputError(f"{name(index)} at x{spell(scale)}: {error}") from error
 
     results: dict[str, dict] = {}
     for scale in dict.fromkeys(scales):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arbscale.coords import scaled_size
 from arbscale.data import low_high_pair, random_crop, resize, to_uint8
+from arbscale.store import InputError
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Protocol:
             return eight_bits(low), high
         side = scaled_size((self.low_size,) * 2, scale)[0]
         if min(image.shape[-2:]) < side:
-            raise ValueError(
+            raise InputError(
                 f"{self.name} at x{scale:g} needs images of {side} px or more, got "
                 f"{image.shape[-2]} x {image.shape[-1]}; take larger ones or a smaller scale"
             )
@@ -76,7 +77,7 @@ PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 def get_protocol(name: str) -> Protocol:
     """Return the protocol of that name; ValueError lists the names."""
     if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}; take one of {', '.join(PROTOCOLS)}")
+        raise InputError(f"unknown protocol {name!r}; take one of {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
 

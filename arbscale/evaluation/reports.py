@@ -16,6 +16,7 @@ import torch
 
 from arbscale import store
 from arbscale.model import ArbitraryScaleModel
+from arbscale.store import InputError
 
 LIBRARIES = ("arbscale", "torch", "torchvision", "numpy", "scikit-image", "lpips", "torch-fidelity")
 METRICS = {"psnr": ("PSNR (dB)", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f")}
@@ -87,7 +88,7 @@ def read(path: Path) -> dict:
             return report
     except (ValueError, TypeError):
         pass
-    raise ValueError(f"{path} is not a report of evaluate, bench or ablate")
+    raise InputError(f"{path} is not a report of evaluate, bench or ablate")
 
 
 def read_with_unaligned(path: Path) -> dict:
@@ -100,7 +101,7 @@ def read_with_unaligned(path: Path) -> dict:
         return report
     before = read(path)
     if before["protocol"] != report["protocol"]:
-        raise ValueError(f"{path} was measured by another protocol; write it again")
+        raise InputError(f"{path} was measured by another protocol; write it again")
     name = "ours, before the alignment"
     if report["task"] == "generate":
         rows = report["results"]["rows"]

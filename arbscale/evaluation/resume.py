@@ -110,7 +110,7 @@ def _kept(
     try:
         if path.is_file():
             return read(path)
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, SafetensorError, RecursionError) as error:
         print(f"{path} is damaged ({error}); its content is computed anew", file=sys.stderr)
     except OSError as error:
         if not optional:

@@ -25,6 +25,7 @@ from arbscale.evaluation.resume import Partial, shared
 from arbscale.metrics import NEIGHBOURS, frechet_distance, precision_recall, self_ssim
 from arbscale.model import ArbitraryScaleModel
 from arbscale.samplers import Sampling
+from arbscale.store import InputError
 
 BATCH = 20  # images per piece of work: what an interruption costs at most
 LEAST = 2 * (NEIGHBOURS + 1)  # images: half of them must have their neighbours
@@ -60,7 +61,7 @@ class RealPictures:
 
     def __init__(self, images: Sequence[Tensor], count: int):
         if count < LEAST:
-            raise ValueError(f"distances between sets need {LEAST} images or more, got {count}")
+            raise InputError(f"distances between sets need {LEAST} images or more, got {count}")
         self.images, self.count = images, count
         self.exact = isinstance(images, ContinuousScenes)
         self.kernel = "exact rendering" if self.exact else "centre crop, antialiased bicubic"
@@ -76,7 +77,7 @@ class RealPictures:
             return render_scenes(scene, size, window)[0]
         image = centre_crop(self.images[index], size)
         if image.shape[-2] < size[0] or image.shape[-1] < size[1]:
-            raise ValueError(
+            raise InputError(
                 f"{image_name(self.images, index)}, cropped to {image.shape[-2]} x "
                 f"{image.shape[-1]}, is too small for {size[0]} x {size[1]}; leave that "
                 "size out, or take larger images"
@@ -107,7 +108,7 @@ class Job:
 
     model: ArbitraryScaleModel
     real: RealPictures  # the reference
-    others: RealPictures  # images that are not in the reference, `n` of them to have rows
+    others: RealPictures  # images outside the reference; fewer than `n` have no rows
     sizes: tuple[Size, ...]
     n: int
     features: str  # a key of FEATURES
@@ -134,9 +135,9 @@ class Job:
 def check(job: Job, allow_few: bool) -> None:
     """Refuse a job that cannot give what its table would claim; ValueError says why."""
     if len({job.model.latent_grid(size) for size in job.sizes}) > 1:
-        raise ValueError("sizes of one aspect ratio are needed: they show the same latents")
+        raise InputError("sizes of one aspect ratio are needed: they show the same latents")
     if len(job.sizes) > 1 and min(min(size) for size in job.sizes) < 16:
-        raise ValueError("SelfSSIM needs sides of 16 px or more; leave the smaller sizes out")
+        raise InputError("SelfSSIM needs sides of 16 px or more; leave the smaller sizes out")
     if job.others.count < job.n:
         print(
             f"without the rows of other real images, of which there are {job.others.count}: a "
@@ -144,7 +145,7 @@ def check(job: Job, allow_few: bool) -> None:
             file=sys.stderr,
         )
     if job.features not in FEATURES:
-        raise ValueError(f"unknown features {job.features!r}; take one of {', '.join(FEATURES)}")
+        raise InputError(f"unknown features {job.features!r}; take one of {', '.join(FEATURES)}")
     if job.features == "inception":
         check_fid(min(job.n, job.real.count), allow_few)
 
@@ -176,7 +177,8 @@ def evaluate_generation(job: Job, partial: Partial) -> dict:
     distance to the nearest training image; `self_ssim` and `patches` compare sizes. Finished
     batches are kept in `partial`, the features of the reference in the user's cache.
     """
-    job, device = replace(job, partial=partial), job.model.device
+    others = RealPictures(job.others.images, min(job.n, job.others.count))
+    job, device = replace(job, partial=partial, others=others), job.model.device
     networks = {name: extractor(name, device) for name in dict.fromkeys(FEATURES[job.features])}
     shared(job.latents, range(0, job.n, BATCH), "sampling")
     sizes = [size for size in job.sizes if _has_reference(job, size)]
@@ -228,7 +230,7 @@ def _decode(model: ArbitraryScaleModel, z: Tensor, size: Size) -> Tensor:
 def _rows(job: Job, size: Size, networks: dict[str, Extractor]) -> Iterator[dict]:
     """Compare each method's images at one size with the real ones.
 
-    A distance depends on the number of images, so that methods with less than `job.n` have no row.
+    A distance depends on the number of images, so each row has `job.n`, or there is no row.
     """
     real = {name: job.real.features(size, x, "reference") for name, x in networks.items()}
     for method, (count, _) in _methods(job, size).items():

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from arbscale import store
+from arbscale.store import InputError
 
 STATE, RECORD = "state.safetensors", "record.json"
 
@@ -66,9 +67,9 @@ def load_newest(
         try:
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
             if store.sha256(path / STATE) != record["sha256"]:
-                raise ValueError("its SHA-256 is another one")
+                raise InputError("its SHA-256 is another one")
             if wrong := [k for k, t in (kinds or {}).items() if not isinstance(record[k], t)]:
-                raise ValueError(f"its record's {wrong[0]} is {record[wrong[0]]!r:.100}")
+                raise InputError(f"its record's {wrong[0]} is {record[wrong[0]]!r:.100}")
             return load_file(path / STATE), record
         except (OSError, ValueError, SafetensorError, *store.STRAY) as error:
             warnings.warn(f"{path} is damaged ({error}); taking the one before", stacklevel=2)
@@ -86,7 +87,7 @@ def compare(folder: Path, before: dict, now: dict, allow_changes: bool = False) 
     if any(found) and allow_changes:
         warnings.warn(changed, stacklevel=2)
     elif any(found):
-        raise ValueError(
+        raise InputError(
             f"{changed}; use those, or another folder, or resume all the same with --allow-changes"
         )
 

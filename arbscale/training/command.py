@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from arbscale import compat, presets, store
 from arbscale.autoencoder import TinyEncoder
 from arbscale.data import find_folder, open_dataset
-from arbscale.model import ArbitraryScaleModel
+from arbscale.model import ArbitraryScaleModel, shapes
 from arbscale.presets import Preset
 from arbscale.samplers import Sampling
+from arbscale.store import InputError, StateError
 from arbscale.training import checkpoints, denoiser, first_stage, sources
 from arbscale.training.loop import Run
 from arbscale.training.processes import process_state
@@ -70,13 +71,15 @@ class TrainOptions:
         """Refuse numbers out of range by ValueError."""
         Sampling(seed=self.seed)  # refuses a seed that no generator takes
         if min(self.steps) < 0:
-            raise ValueError(f"steps are at least 0, got {self.steps}")
+            raise InputError(f"steps are at least 0, got {self.steps}")
+        if self.max_weight is not None and not self.max_weight > 0:
+            raise InputError(f"max_weight is positive, got {self.max_weight}")
         if self.pool is not None and self.pool < 2:
-            raise ValueError(f"a pool has at least 2 images, got {self.pool}")
+            raise InputError(f"a pool has at least 2 images, got {self.pool}")
         if self.data == "scenes" and (self.parts or self.whole or self.subset is not None):
-            raise ValueError("scenes are endless: --parts, --subset and --whole need other --data")
+            raise InputError("scenes are endless: --parts, --subset and --whole need other --data")
         if self.parts and not all(0 <= part < float("inf") for part in self.parts):
-            raise ValueError(f"parts are counts, or fractions up to 1, got {self.parts}")
+            raise InputError(f"parts are counts, or fractions up to 1, got {self.parts}")
 
 
 def parse(words: list[str]) -> TrainOptions:
@@ -87,7 +90,7 @@ def parse(words: list[str]) -> TrainOptions:
     if words[:1] in (["-h"], ["--help"]):
         words = ["tiny", *words]
     if not words or words[0].startswith("-"):
-        raise ValueError(f"name a preset first: {', '.join(presets.PRESETS)}")
+        raise InputError(f"name a preset first: {', '.join(presets.PRESETS)}")
     name, *options = words
     parsed = _read(options, presets.get(name))
     if parsed.start:
@@ -114,7 +117,7 @@ def train(options: TrainOptions) -> None:
     if options.profile:
         return _profile(options)
     if options.output.is_file():
-        raise ValueError(f"{options.output} is a file; name a folder for the weights")
+        raise InputError(f"{options.output} is a file; name a folder for the weights")
     outputs = (options.run.folder, options.output) if process_state().is_main_process else ()
     with contextlib.ExitStack() as locks:
         for path in outputs:
@@ -152,7 +155,7 @@ def _train(options: TrainOptions) -> None:
             model.save(options.output, half=True)
         except (OSError, SafetensorError) as error:
             again = _command() + ("" if options.run.resume else " --resume")
-            raise RuntimeError(
+            raise StateError(
                 f"{options.output} cannot be written ({error}); the weights are safe in {folder}: "
                 f"make room, then `{again}`"
             ) from error
@@ -205,6 +208,7 @@ def _stages(
 
 def _model(options: TrainOptions) -> ArbitraryScaleModel:
     """Build the model, with the weights that it starts from."""
+    shapes(options.preset)  # refused before it takes memory
     model = ArbitraryScaleModel(options.preset)
     encoder = model.first_stage.encoder
     learns = options.teacher and options.steps[0]
@@ -222,14 +226,14 @@ def _fit(module: torch.nn.Module, state: dict[str, torch.Tensor], origin: str | 
     try:
         module.load_state_dict(state)
     except RuntimeError:
-        raise ValueError(
+        raise InputError(
             f"the weights of {origin} do not fit the preset; change no number of the network"
         ) from None
 
 
 def _teacher(options: TrainOptions) -> TinyEncoder:
     if options.preset.encoder != "tiny":
-        raise ValueError(f"only a tiny encoder has a teacher; {options.preset.name} has none")
+        raise InputError(f"only a tiny encoder has a teacher; {options.preset.name} has none")
     with store.reading(options.teacher):
         return compat.tiny_encoder(load_file(options.teacher))
 
@@ -270,12 +274,12 @@ def _claim(folder: Path, options: TrainOptions) -> None:
         begun["start"] = store.content_key([file["sha256"] for file in files])
     if any((folder / "checkpoints").glob("*/step-*")):
         if not options.run.resume:
-            raise ValueError(
+            raise InputError(
                 f"{folder} already holds a run; add --resume, or name another --folder"
             )
         if path.is_file():
             with store.reading(path):
-                before = json.loads(path.read_text(encoding="utf-8")).get("begun", {})
+                before = dict(json.loads(path.read_text(encoding="utf-8")).get("begun", {}))
             checkpoints.compare(folder, before, begun, options.run.allow_changes)
     config = {"command": _command(), "options": now, "begun": begun}
     config |= {"python": platform.python_version()}

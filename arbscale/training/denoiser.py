@@ -12,6 +12,7 @@ from tqdm.auto import trange
 from arbscale import store
 from arbscale.diffusion import alignment_loss, denoising_loss
 from arbscale.model import ArbitraryScaleModel
+from arbscale.store import InputError
 from arbscale.training import latents
 from arbscale.training.draws import step_generator
 from arbscale.training.first_stage import ImageStage
@@ -113,7 +114,7 @@ class DiffusionStage(_DenoiserStage):
         self.distinct = getattr(source, "distinct", None) if pool is None else None
         self.pool = (self.distinct or POOL) if pool is None else pool
         if self.pool < 2:
-            raise ValueError(f"a pool has at least 2 images, got {self.pool}")
+            raise InputError(f"a pool has at least 2 images, got {self.pool}")
         self.batch, self.lr = self.preset.diffusion_batch, self.preset.diffusion_lr
 
     def facts(self) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from arbscale.store import InputError
+
 
 @dataclass(frozen=True)
 class _Draws(Dataset):
@@ -46,7 +48,7 @@ def loader(
     shared evenly.
     """
     if stage.batch % (parts * processes):
-        raise ValueError(
+        raise InputError(
             f"{stage.name}: {stage.batch} images per step cannot be shared by {processes} processes"
             f" in {parts} parts; take a multiple of {parts * processes}"
         )

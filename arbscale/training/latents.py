@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from arbscale import store
+from arbscale.store import InputError
 
 RECORD = "record.json"
 Parts = Callable[[], Iterator[tuple[Tensor, ...]]]
@@ -67,12 +68,12 @@ def _open(folder: Path, key: str) -> Latents | None:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record["key"] != key:
-            raise ValueError("of other weights or images")
+            raise InputError("of other weights or images")
         # Copy-on-write: PyTorch takes no read-only arrays.
         return Latents(
             tuple(np.load(folder / n, mmap_mode="c", allow_pickle=False) for n in record["files"])
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, *store.STRAY) as error:
         if (folder / RECORD).exists():
             warnings.warn(f"{folder} cannot be used ({error}); encoding again", stacklevel=3)
         return None

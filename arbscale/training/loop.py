@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from arbscale import store
 from arbscale.presets import Preset
+from arbscale.store import InputError, StateError
 from arbscale.training import checkpoints
 from arbscale.training.draws import loader
 from arbscale.training.processes import make_accelerator, noted_signals
@@ -59,16 +60,16 @@ class Run:
     def __post_init__(self) -> None:
         """Refuse numbers out of range by ValueError."""
         if self.resume and self.folder is None:
-            raise ValueError("resume needs a folder, that of the run")
+            raise InputError("resume needs a folder, that of the run")
         for name, least in LEAST.items():
             if getattr(self, name) < least:
-                raise ValueError(f"{name} is at least {least}, got {getattr(self, name)}")
+                raise InputError(f"{name} is at least {least}, got {getattr(self, name)}")
         if self.precision not in ("no", "bf16"):
-            raise ValueError(f"precision is 'no' or 'bf16', got {self.precision!r}")
+            raise InputError(f"precision is 'no' or 'bf16', got {self.precision!r}")
         if not self.clip > 0:
-            raise ValueError(f"clip is positive, got {self.clip}")
+            raise InputError(f"clip is positive, got {self.clip}")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is in [0, 1), got {self.ema_decay}")
+            raise InputError(f"ema_decay is in [0, 1), got {self.ema_decay}")
 
 
 class Stage(nn.Module):
@@ -160,7 +161,7 @@ class _Training:
             return None
         if not self.run.resume:
             if checkpoints.saved(self.folder):
-                raise ValueError(f"{self.folder} is not empty: resume it, or take another folder")
+                raise InputError(f"{self.folder} is not empty: resume it, or take another folder")
             return None
         with self.accelerator.main_process_first():
             found = checkpoints.load_newest(self.folder, RECORD)
@@ -182,7 +183,7 @@ class _Training:
         try:
             self.stage.load_state_dict(_under("stage", tensors))
         except RuntimeError:
-            raise ValueError(
+            raise InputError(
                 f"{self.folder} holds another network; use its preset, or another folder"
             ) from None
 
@@ -240,7 +241,7 @@ class _Training:
                     self._save()
                 if stop:
                     name = signals[0] if signals else "a signal to another process"
-                    kind = KeyboardInterrupt if name == "SIGINT" else RuntimeError
+                    kind = KeyboardInterrupt if name == "SIGINT" else StateError
                     raise self._error(f"stopped by {name}", kind)
 
     def _advance(
@@ -356,7 +357,7 @@ class _Training:
             settings=asdict(self.run),
         )
 
-    def _error(self, text: str, kind: type[BaseException] = RuntimeError) -> BaseException:
+    def _error(self, text: str, kind: type[BaseException] = StateError) -> BaseException:
         """Return an error that says where the run can be resumed from."""
         newest = checkpoints.saved(self.folder)[:1] if self.folder else []
         mend = f"resume from {newest[0]}" if newest else "no checkpoint was kept; start again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -77,15 +78,15 @@ def read_log(folder: Path) -> list[dict]:
     path = Path(folder) / LOG
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:  # cut off when the process was killed
-            continue
+        with contextlib.suppress(ValueError, *store.STRAY):  # cut off when the process was killed
+            line = json.loads(text)
+            lines.append({**line, "stage": str(line["stage"]), "step": int(line["step"])})
     return lines
 
 
 def read_summary(folder: Path) -> dict:
-    """Return what each finished stage of a run noted."""
+    """Return what each finished stage of a run noted; `seconds` is always there."""
     path = Path(folder) / SUMMARY
     with store.reading(path):
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {stage: {**note, "seconds": float(note["seconds"])} for stage, note in found.items()}

@@ -27,6 +27,7 @@ from arbscale.data import (
     training_crop,
 )
 from arbscale.presets import Preset
+from arbscale.store import InputError
 
 
 class Batch(Protocol):
@@ -182,7 +183,7 @@ def whole_source(images: Sequence[Tensor]) -> PhotoSource:
     """Draw square images of one size whole, flipped half of the time; ValueError for others."""
     height, width = images[0].shape[-2:]
     if height != width:
-        raise ValueError(f"an image of {height} x {width} is not square; crop it, or omit --whole")
+        raise InputError(f"an image of {height} x {width} is not square; crop it, or omit --whole")
     return PhotoSource(images, (height, width))
 
 

@@ -161,17 +161,18 @@ def encoded(image, kind, **options):
     return buffer.getvalue()
 
 
-def oriented(kind, orientation, **options):
-    """Return a file whose tag tells how to turn it to see `RGB`."""
+def oriented(kind, orientation, pixels=RGB, **options):
+    """Return a file whose tag tells how to turn it to see `pixels`."""
+    turned = pixels.transpose(1, 0, 2)
     laid = {  # how the stored rows lie, for each orientation
-        1: RGB,
-        2: RGB[:, ::-1],
-        3: RGB[::-1, ::-1],
-        4: RGB[::-1],
-        5: RGB.transpose(1, 0, 2),
-        6: RGB.transpose(1, 0, 2)[::-1],
-        7: RGB[::-1, ::-1].transpose(1, 0, 2),
-        8: RGB.transpose(1, 0, 2)[:, ::-1],
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: turned,
+        6: turned[::-1],
+        7: turned[::-1, ::-1],
+        8: turned[:, ::-1],
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -206,7 +207,30 @@ def cases():
     first = struct.pack(">3H", *deep_rows[0, :3])
     once = np.where((RGB == RGB[0, 0]).all(-1), 0, 255)
     bit = GREY >> 7
+    rows = [row.tobytes() for row in RGB]
+    deep_rgba = [row.astype(">u2").tobytes() for row in rgba.astype("uint16") * 257]
+    deep_pair = np.stack([deep, deep[::-1]], -1).astype(">u2")
+    palette = chunk(b"PLTE", RGB[0, :4].tobytes()) + chunk(b"tRNS", bytes((0, 85, 170)))
     made = {
+        "16-rgba.png": Case(png(deep_rgba, 16, 6), RGB, "transparency", GREY),
+        "16-grey-alpha.png": Case(
+            png([row.tobytes() for row in deep_pair], 16, 4),
+            grey(GREY),
+            "transparency",
+            GREY[::-1],
+        ),
+        "8-rgb-trns.png": Case(
+            png(rows, 8, 2, chunk(b"tRNS", struct.pack(">3H", *RGB[0, 0]))),
+            RGB,
+            "transparency",
+            once,
+        ),
+        "palette-trns.png": Case(
+            png(packed(two, 2), 2, 3, palette),
+            RGB[0, :4][two],
+            "transparency",
+            np.array((0, 85, 170, 255))[two],
+        ),
         "16-grey.png": Case(encoded(Image.fromarray(deep), "PNG"), grey(GREY), "16 bits"),
         "16-grey-trns.png": Case(
             encoded(Image.fromarray(deep), "PNG", transparency=int(deep[2, 3])),
@@ -336,4 +360,6 @@ def cases():
         for kind, options in (("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})):
             note = "EXIF" if i > 1 else ""
             made[f"orientation-{i}.{kind.lower()}"] = Case(oriented(kind, i, **options), RGB, note)
+        data = oriented("JPEG", i, SMOOTH, quality=100, subsampling=0)
+        made[f"orientation-{i}.jpg"] = Case(data, SMOOTH, note, off=8)
     return made

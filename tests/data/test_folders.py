@@ -184,7 +184,7 @@ def test_an_image_over_the_limit_is_refused_before_it_is_decoded(tmp_path, monke
     monkeypatch.setattr(images, "MAX_PIXELS", 20 * 30)
     assert len(ImageFolder(tmp_path)) == 1
     monkeypatch.setattr(images, "MAX_PIXELS", 20 * 30 - 1)
-    monkeypatch.setattr(images, "decode", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(images, "open_upright", lambda image: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="20 x 30"):
         data.load_image(tmp_path / "0000.png")
     with pytest.warns(UserWarning, match="20 x 30"), pytest.raises(ValueError):
