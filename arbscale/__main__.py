@@ -180,7 +180,7 @@ def upscale(
     that accelerate or torchrun launched together make a share each.
     """
     if (scale is None) == (size is None):
-        raise ValueError("give either --scale, such as 3.7, or --size, such as 480x640")
+        raise InputError("give either --scale, such as 3.7, or --size, such as 480x640")
     pairs = batches.targets(images, output)
     for target in {target.suffix: target for _, target in pairs}.values():
         _check_output(target, quality=quality)
@@ -210,7 +210,7 @@ def upscale(
                     bar.write(f"wrote {target} ({large.height} x {large.width})")
             bar.update(i + 1 - bar.n)
     if left_out:
-        raise store.InputError(f"{len(left_out)} images were left out: {', '.join(left_out[:3])}")
+        raise InputError(f"{len(left_out)} images were left out: {', '.join(left_out[:3])}")
 
 
 def _read(
@@ -303,7 +303,7 @@ def _check_output(
 def _check_size(size: Size, most: int = MAX_PIXELS) -> Size:
     """Return the size of an image; InputError for one that no viewer opens."""
     if math.prod(size) > most or max(size) > MAX_SIDE:
-        raise store.InputError(
+        raise InputError(
             f"{size[0]} x {size[1]} is over {MAX_PIXELS // 10**6} million pixels, or {MAX_SIDE} a "
             "side; take a smaller scale, or generate a .tif, which may have more pixels"
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from arbscale.coords import Size, Window, check_size, check_window
 from arbscale.liif import LIIF, InterpolatedLIIF
+from arbscale.store import InputError, StateError
 from arbscale.unet import attend
 
 EPS = 1e-6  # of group normalisation in the first stage

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arbscale.coords import Size, Window, cell, check_size, check_window, pixel_centres
+from arbscale.store import InputError
 
 BLOCK = 2048  # pixels rendered at a time: the widest activations stay in the cache
 WIDTH = 512  # at most, of a block of a grid, which is a few rows high
@@ -62,7 +63,7 @@ class _Head(nn.Module):
         """
         batch = len(features)
         if coords.ndim != 3 or coords.shape[0] != batch or coords.shape[-1] != 2:
-            raise ValueError(f"coords must be ({batch}, N, 2), got {tuple(coords.shape)}")
+            raise InputError(f"coords must be ({batch}, N, 2), got {tuple(coords.shape)}")
         images = []
         for table, points in zip(self._table(features, cells), coords, strict=True):
             parts = points.split(block or len(points) or 1)
@@ -115,7 +116,7 @@ class _Head(nn.Module):
                 f"features must be (B, {self.in_channels}, h, w), got {tuple(features.shape)}"
             )
         if cells.shape != (len(features), 2):
-            raise ValueError(f"cells must be ({len(features)}, 2), got {tuple(cells.shape)}")
+            raise InputError(f"cells must be ({len(features)}, 2), got {tuple(cells.shape)}")
         return self._project(features, cells)
 
     def _axes(self, table: Tensor, y: Tensor, x: Tensor) -> tuple[Axis, Axis]:

@@ -19,6 +19,7 @@ from arbscale.coords import Size, Window, check_size, scaled_size
 from arbscale.diffusion import Denoiser
 from arbscale.presets import Preset
 from arbscale.samplers import Callback, Sampling
+from arbscale.store import InputError, StateError
 from arbscale.tiles import Tile, as_floats, blend, blended, noise_field, paint, tiles
 from arbscale.unet import computing, limit_attention, pick_precision
 
@@ -292,7 +293,7 @@ class ArbitraryScaleModel(nn.Module):
 
         self._check_precision()
         if len(z) != 1:
-            raise ValueError(f"a file holds one image, got {len(z)} latents; call once for each")
+            raise InputError(f"a file holds one image, got {len(z)} latents; call once for each")
         height, width = size = check_size(size)
         features = self.first_stage.features(z)  # (1, C, h, w)
         step = max(1, BAND // width)

@@ -365,7 +365,11 @@ def build_first_stage(preset: Preset) -> FirstStage:
     """Build an untrained first stage."""
     options = preset.decoder_attention_levels, preset.groups, preset.padding
     decoder = SymmetricDecoder(*_widths(preset), *options)
-    encoder, head = build_encoder(preset), build_head(preset)
+    width, encoder = preset.channels * preset.multipliers[0], build_encoder(preset)
+    if preset.head == "interpolated":
+        head = InterpolatedLIIF(width, preset.hidden, preset.cell_decode, preset.finer)
+    else:
+        head = LIIF(width, preset.hidden, preset.local_ensemble, preset.cell_decode)
     coarsest = preset.target_sizes[0] * encoder.factor / preset.image_size
     return FirstStage(encoder, decoder, head, preset.posterior, coarsest)
 

@@ -24,6 +24,7 @@ from arbscale.autoencoder import FirstStage
 from arbscale.coords import Size, Window
 from arbscale.diffusion import Denoiser
 from arbscale.liif import LIIF, InterpolatedLIIF
+from arbscale.store import InputError
 from arbscale.unet import computing
 
 Place = tuple[EllipsisType, slice, slice]

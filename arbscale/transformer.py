@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from arbscale import coords
 from arbscale.coords import Size
+from arbscale.store import InputError
 from arbscale.unet import attend, run, timestep_embedding, with_condition
 
 Near = tuple[Size | None, int | None]

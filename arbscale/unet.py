@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from arbscale.coords import Size
+from arbscale.store import InputError
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -251,7 +252,7 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
     ValueError for anything but "auto" and "float32".
     """
     if precision not in ("auto", "float32"):
-        raise ValueError(f"precision is 'auto' or 'float32', got {precision!r}")
+        raise InputError(f"precision is 'auto' or 'float32', got {precision!r}")
     fast = {
         "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
         "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),

@@ -30,7 +30,7 @@ def _pictures(images: Images) -> list[Any]:
 
     pictures = [to_pil(x) for x in ([images] if _is_one(images) else images)]
     if not pictures:
-        raise ValueError("there is no image to show; pass at least one tensor (3, H, W)")
+        raise InputError("there is no image to show; pass at least one tensor (3, H, W)")
     return pictures
 
 
@@ -142,7 +142,7 @@ def contact_sheet(
         shown[-1].paste(picture, ((box - picture.width) // 2, (box - picture.height) // 2))
         labels.append(str(label))
     if not shown:
-        raise ValueError("there is no image to show; pass at least one (tensor, label)")
+        raise InputError("there is no image to show; pass at least one (tensor, label)")
     columns = max(1, min(len(shown), columns or 6))
     return _sheet(shown, [""] * len(shown), labels, columns)
 
@@ -256,7 +256,7 @@ def pipeline(*highlight: str) -> None:
     import matplotlib.pyplot as plt
 
     if unknown := set(highlight) - set(PARTS):
-        raise ValueError(f"unknown part {unknown.pop()!r}; take some of {', '.join(PARTS)}")
+        raise InputError(f"unknown part {unknown.pop()!r}; take some of {', '.join(PARTS)}")
     axis = plt.figure(figsize=(8.4, 2.8)).add_axes((0, 0, 1, 1), xlim=(0, 17.2), ylim=(0, 5.6))
     axis.axis("off")
 

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from arbscale import store
 from arbscale.coords import Size
 from arbscale.data.images import to_uint8
+from arbscale.store import InputError
 
 TILE = 256  # pixels; a row of tiles is held in memory
 _CODES = {3: "<H", 4: "<I", 16: "<Q"}  # how a TIFF file's types are packed
@@ -67,7 +68,7 @@ def write_tiff(
             text = f"{draft} has {min(tiles.done * TILE, size[0])} of {size[0]} rows{why}"
             raise type(stop)(f"{text}; rerun the same command to resume") from None
         if tiles.done < tiles.rows:
-            raise ValueError(f"the bands of {path} have fewer than its {size[0]} rows")
+            raise InputError(f"the bands of {path} have fewer than its {size[0]} rows")
         store.sync(draft)
         draft.replace(path)
         store.sync(path.parent)

@@ -18,6 +18,7 @@ from arbscale.coords import Size, cell, check_size, grid
 from arbscale.evaluation.reports import RATIO, header
 from arbscale.liif import LIIF, InterpolatedLIIF
 from arbscale.model import BAND, ArbitraryScaleModel
+from arbscale.store import StateError
 
 CPU = torch.device("cpu")
 AGREEMENT = 1e-4  # largest difference of two forms' images
@@ -186,7 +187,7 @@ def _forms(model: ArbitraryScaleModel) -> dict[str, Callable[..., Tensor]]:
     }
     released, same, _, points, _, dense = (form((48, 80)) for form in forms.values())
     if max((released - same).abs().max(), (points - dense).abs().max()) > AGREEMENT:
-        raise RuntimeError("two forms of the same head disagree; one of them is broken")
+        raise StateError("two forms of the same head disagree; one of them is broken")
     return forms
 
 

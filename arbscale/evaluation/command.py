@@ -20,6 +20,7 @@ from arbscale.evaluation.features import fingerprint, image_name
 from arbscale.evaluation.resume import wait_for_all
 from arbscale.model import ArbitraryScaleModel, launched, pick_device
 from arbscale.samplers import Sampling
+from arbscale.store import InputError
 from arbscale.unet import pick_precision
 
 MAX_BATCH = 100_000  # of bench
@@ -92,7 +93,7 @@ def evaluate(options: Annotated[Options, arg(name="")]) -> None:
 def _evaluate(options: Options) -> None:
     started, (rank, ranks) = time.perf_counter(), launched()
     if ranks > 1 and not options.output:
-        raise ValueError("several processes share their pieces beside the output; add -o FILE.json")
+        raise InputError("several processes share their pieces beside the output; add -o FILE.json")
     wait_for_all()  # they meet before the work, whose shares take different times
     model = ArbitraryScaleModel.load(options.model).to(pick_device())
     task = options.task or ("upscale" if model.preset.low_size else "reconstruct")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from arbscale.autoencoder import TinyEncoder
+from arbscale.store import InputError
 
 
 @torch.no_grad()
@@ -18,7 +19,7 @@ def inherit(student: TinyEncoder, teacher: TinyEncoder, images: Tensor) -> None:
     """
     width, most = student.layers[0].out_channels, teacher.layers[0].out_channels
     if width > most:
-        raise ValueError(
+        raise InputError(
             f"the student has {width} channels, its teacher {most}: take at most {most}"
         )
     means, worth = _inputs(teacher, images)

@@ -29,6 +29,7 @@ from arbscale.autoencoder import FirstStage
 from arbscale.coords import Size, check_size, scaled_size
 from arbscale.model import ArbitraryScaleModel, Progress
 from arbscale.samplers import SAMPLERS
+from arbscale.store import InputError
 from arbscale.widgets.recipe import Settings
 from arbscale.widgets.sources import Photo, encoded, read_photo, rendered_png
 from arbscale.widgets.subjects import Enlarger, Generator, Given, Subject, extra_rivals, opened
@@ -275,7 +276,7 @@ class ScaleExplorer(anywidget.AnyWidget):
             return subject
 
         if self.kind == "show":
-            raise ValueError("features are shown as they are")
+            raise InputError("features are shown as they are")
         self._run("drawing" if self.kind == "generate" else "enlarging", work)
 
     def _watch(
@@ -299,11 +300,11 @@ class ScaleExplorer(anywidget.AnyWidget):
     def _upload(self, message: dict, buffers: list) -> None:
         """Collect the parts of a photograph's file; enlarge it when the last one is there."""
         if self.kind != "enlarge":
-            raise ValueError("this model takes no photograph; load a super-resolution model")
+            raise InputError("this model takes no photograph; load a super-resolution model")
         self._parts = [*(self._parts if message["part"] else []), bytes(buffers[0])]
         if sum(map(len, self._parts)) > MAX_UPLOAD:
             self._parts = []
-            raise ValueError(f"a file of over {MAX_UPLOAD // 1024**2} MB; reduce the photograph")
+            raise InputError(f"a file of over {MAX_UPLOAD // 1024**2} MB; reduce the photograph")
         if message["part"] + 1 < message["parts"]:
             return
         content, name, self._parts = b"".join(self._parts), str(message.get("name")), []
@@ -323,7 +324,7 @@ class ScaleExplorer(anywidget.AnyWidget):
             size = self._size(question)
         window = (0, 0, *size) if whole else View.read(question).window(size)
         if window[2] * window[3] > MAX_SAVED:
-            raise ValueError(
+            raise InputError(
                 f"{window[2]} x {window[3]} is over {MAX_SAVED // 10**6} million pixels; "
                 "zoom in and save the view, or take a smaller scale"
             )
@@ -374,12 +375,12 @@ def _kind(model: Any, image: Any, features: Any) -> str:
     """Return "show", "enlarge" or "generate"; ValueError where something is missing."""
     if features is not None:
         if features.ndim != 4 or len(features) != 1:
-            raise ValueError(f"features are (1, C, h, w), got {tuple(features.shape)}")
+            raise InputError(f"features are (1, C, h, w), got {tuple(features.shape)}")
         return "show"
     if not isinstance(model, ArbitraryScaleModel):
-        raise ValueError("a bare first stage needs features=first_stage.features(z)")
+        raise InputError("a bare first stage needs features=first_stage.features(z)")
     if not model.preset.low_size:
         return "generate"
     if image is None:
-        raise ValueError(f"{model.preset.name} enlarges a photograph: give image=")
+        raise InputError(f"{model.preset.name} enlarges a photograph: give image=")
     return "enlarge"

@@ -8,6 +8,7 @@ from arbscale import store
 from arbscale.coords import Size, Window
 from arbscale.model import ArbitraryScaleModel
 from arbscale.samplers import Sampling
+from arbscale.store import InputError
 from arbscale.widgets.sources import Photo
 
 
@@ -29,7 +30,7 @@ class Settings:
             seed, to_seed, steps = (int(message[k]) % 2**63 for k in ("seed", "to_seed", "steps"))
             share = min(max(float(message["share"]), 0.0), 1.0)
         except (KeyError, TypeError, ValueError, OverflowError):
-            raise ValueError("seeds and steps are whole numbers") from None
+            raise InputError("seeds and steps are whole numbers") from None
         return cls(seed, to_seed, share, steps, str(message.get("sampler")), size)
 
     @property

@@ -23,6 +23,7 @@ from arbscale.autoencoder import FirstStage
 from arbscale.coords import Size, Window, scaled_size
 from arbscale.model import ArbitraryScaleModel, Progress
 from arbscale.samplers import Callback, Sampling
+from arbscale.store import InputError
 from arbscale.tiles import Tile, paste
 
 MAX_PHOTO = 24_000_000  # pixels of a photograph as it is decoded for the explorer
@@ -296,10 +297,10 @@ def read_photo(content: bytes, name: str) -> Tensor:
             with open_image(path) as image:
                 image.draft("RGB", (2 * MAX_TRUTH,) * 2)
                 if image.width * image.height > MAX_PHOTO:
-                    raise ValueError(f"over {MAX_PHOTO // 10**6} million pixels; reduce it")
+                    raise InputError(f"over {MAX_PHOTO // 10**6} million pixels; reduce it")
                 return decode(image)
         except ValueError as error:
-            raise ValueError(f"{name}: {reason(error.__cause__ or error)}") from None
+            raise InputError(f"{name}: {reason(error.__cause__ or error)}") from None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from arbscale.coords import Size, Window, check_size, scaled_size
+from arbscale.store import InputError
 
 MAX_SIDE = 32_768  # of an output: float32 coordinates tell its pixels apart
 MAX_SCREEN = 1_024  # pixels a side rendered for one view, whatever a browser asks for
@@ -24,13 +25,13 @@ def parse_size(text: str, base: Size) -> Size:
     if factor := re.fullmatch(r"x?\s*(\d{0,9}\.?\d{0,9})\s*x?", text):
         if factor[1].strip(".") and float(factor[1]) > 0:
             return bounded(scaled_size(base, float(factor[1])))
-    raise ValueError(f"type a scale such as 3.7 or a size such as 180x240, not {text[:40]!r}")
+    raise InputError(f"type a scale such as 3.7 or a size such as 180x240, not {text[:40]!r}")
 
 
 def bounded(size: Size) -> Size:
     """Return `size`; ValueError if a side is over `MAX_SIDE`."""
     if max(size) > MAX_SIDE:
-        raise ValueError(f"{size[0]} x {size[1]} has a side over {MAX_SIDE:,} px; take less")
+        raise InputError(f"{size[0]} x {size[1]} has a side over {MAX_SIDE:,} px; take less")
     return size
 
 
