@@ -41,7 +41,7 @@ def with_what_it_needs(code: list[str], solution: str) -> str:
 
 def solutions():
     """One case for each code block in the exercises of each notebook."""
-    for path in sorted(FOLDER.glob("*.ipynb")):
+    for path in sorted(FOLDER.glob("[0-9]*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         sources = [("".join(cell["source"]), cell["cell_type"]) for cell in cells]
         code = [text for text, kind in sources if kind == "code" and "%pip" not in text]
