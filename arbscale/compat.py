@@ -209,6 +209,7 @@ def first_stage_from_reference(config: dict, state: State) -> FirstStage:
     `encoder.1.*`, `decoder.decoder.0.*`, `decoder.decoder.1.*`, `decoder.inr.imnet.*`.
     """
     first_stage = presets.build_first_stage(Preset("released", **_first_stage_fields(config)))
+    first_stage.coarsest = 0.0  # the released code renders every size directly
     layers = range(len(first_stage.liif.layers))
     pairs = [
         *_prefixed(_encoder_pairs(first_stage.encoder), "encoder.0.", "encoder."),

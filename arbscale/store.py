@@ -27,7 +27,7 @@ from torch import Tensor, nn
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 1_000_000  # at most
 KINDS = dict.fromkeys(("name", "data", "licence"), str)
-KINDS |= {"commands": list, "minutes": float, "losses": dict}
+KINDS |= {"commands": list, "minutes": (float, int), "losses": dict}
 """Of what training writes into a manifest and reads again; a field may be missing."""
 FORMAT = 1  # of the manifest and of the files beside it
 SHARD_BYTES = 15_000_000
@@ -178,7 +178,9 @@ def read_manifest(folder: str | Path) -> dict:
         )
     files, preset = manifest.get("files"), manifest.get("preset")
     sound = isinstance(files, list) and files and all(_is_entry(entry) for entry in files)
-    sound = sound and all(isinstance(manifest.get(k, kind()), kind) for k, kind in KINDS.items())
+    sound = sound and all(
+        isinstance(manifest[k], kind) for k, kind in KINDS.items() if k in manifest
+    )
     if version != FORMAT or not sound or not isinstance(preset, dict) or not preset:
         raise InputError(f"{path} is damaged; fetch or save the model again")
     return manifest

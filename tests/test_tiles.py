@@ -220,9 +220,9 @@ class Flat(torch.nn.Module):
     def liif(self):
         return self
 
-    def query(self, z, coords, cells):
-        at = coords.flip(-1)[:, None]
-        return F.grid_sample(z, at, padding_mode="border", align_corners=False)[:, :3, 0].mT
+    def query_grid(self, z, y, x, cells):
+        at = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None]  # (1, H, W, 2)
+        return F.grid_sample(z, at, padding_mode="border", align_corners=False)[:, :3]
 
 
 def painted(low, size, side, dtype=torch.float32):
@@ -281,13 +281,14 @@ def test_what_paint_holds_does_not_grow_with_the_image(monkeypatch):
 
 def test_a_tile_is_rendered_in_strips(monkeypatch):
     expected, seen = painted(photograph(40, 31), (93, 80), 16), []
-    original = Flat.query
+    original = Flat.query_grid
+
+    def query_grid(self, z, y, x, cells):
+        seen.append(len(y) * len(x))
+        return original(self, z, y, x, cells)
+
     monkeypatch.setattr(tiles_module, "STRIP", 200)
-    monkeypatch.setattr(
-        Flat,
-        "query",
-        lambda self, z, x, cells: seen.append(x.shape[1]) or original(self, z, x, cells),
-    )
+    monkeypatch.setattr(Flat, "query_grid", query_grid)
     assert torch.equal(painted(photograph(40, 31), (93, 80), 16), expected)
     assert max(seen) <= 200 and sum(seen) >= 93 * 80
 
