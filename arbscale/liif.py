@@ -206,10 +206,11 @@ class InterpolatedLIIF(_Head):
     A local implicit image function whose features are interpolated in place of its predictions.
     The first layer acts on the feature grid and sees 3 x 3 features (the feature unfolding of Chen,
     Liu and Wang 2021): with one alone, what neighbouring latent pixels say does not match where it
-    is blended, and their borders show. Its output is interpolated bilinearly at the point;
-    the point's place within its latent pixel (as sines and cosines, so that it is continuous across
-    borders) and the cell enter there; ReLU and the other layers follow. Where LIIF needs its local
-    ensemble for continuity, this is continuous by construction.
+    is blended, and their borders show. Its output is interpolated at the point, between the four
+    features around it. There the point's place within its latent pixel (one sine and cosine for
+    each axis, so that it is continuous across borders) and the cell enter, and ReLU and the other
+    layers follow. Where LIIF needs its local ensemble for continuity, this is continuous by
+    construction.
 
     Parameters
     ----------
@@ -225,8 +226,6 @@ class InterpolatedLIIF(_Head):
 
     """
 
-    PERIODS = (1, 2)  # of the position code in a latent pixel
-
     def __init__(
         self,
         in_channels: int,
@@ -239,7 +238,7 @@ class InterpolatedLIIF(_Head):
         self.first = nn.Conv2d(
             in_channels, hidden[0] * finer**2, 3, padding=1, padding_mode="replicate"
         )
-        self.place = nn.Linear(4 * len(self.PERIODS) + 2 * cell_decode, hidden[0], bias=False)
+        self.place = nn.Linear(4 + 2 * cell_decode, hidden[0], bias=False)
         self.layers = nn.ModuleList(
             nn.Linear(a, b) for a, b in zip(hidden, [*hidden[1:], 3], strict=True)
         )
@@ -263,10 +262,9 @@ class InterpolatedLIIF(_Head):
         its part of y and its part of x are sums that a row and a column have of their own.
         """
         before, after, share = _between(position, table.shape[axis])  # (N,), (N,), (N, 1)
-        place = (position + 1) * (math.pi * table.shape[axis] / self.finer)  # latent pixels of 2 pi
-        angles = torch.stack([place * n for n in self.PERIODS], dim=-1)  # (N, periods)
-        code = torch.cat([angles.sin(), angles.cos()], dim=-1).to(table)
-        weight = self.place.weight[:, axis : 4 * len(self.PERIODS) : 2]
+        angle = (position + 1) * (math.pi * table.shape[axis] / self.finer)  # latent pixels of 2 pi
+        code = torch.stack([angle.sin(), angle.cos()], dim=-1).to(table)  # (N, 2)
+        weight = self.place.weight[:, axis:4:2]
         return [before, after, share.to(table), F.linear(code, weight)]
 
     def _paint(self, table: Tensor, rows: Axis, cols: Axis) -> Tensor:
@@ -306,11 +304,14 @@ def _split(axis: Axis, n: int) -> Iterator[Axis]:
 def _between(position: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Find the grid pixels before and after each point, and the share (N, 1) of the latter.
 
-    Beyond the outermost centres the outermost pixel is repeated.
+    The share rises from 0 to 1 without a slope at either end: with a straight ramp, creases show at
+    the grid pixels' centres. Beyond the outermost centres the outermost pixel is repeated.
     """
     u = ((position + 1) * (n / 2) - 0.5).clamp(0, n - 1)
     before = u.floor().long()
-    return before, (before + 1).clamp(max=n - 1), (u - before)[:, None]
+    share = u - before
+    share = share.square() * (3 - 2 * share)
+    return before, (before + 1).clamp(max=n - 1), share[:, None]
 
 
 def _neighbour(position: Tensor, n: int, step: float) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,8 @@ def between(row: int, n_out: int, n_grid: int) -> tuple[int, int, float]:
     u = (2 * row + 1) * n_grid / (2 * n_out) - 0.5  # in grid pixels from the first centre
     u = min(max(u, 0), n_grid - 1)
     before = math.floor(u)
-    return before, min(before + 1, n_grid - 1), u - before
+    ramp = u - before
+    return before, min(before + 1, n_grid - 1), 3 * ramp**2 - 2 * ramp**3
 
 
 def oracle(head: InterpolatedLIIF, feature: torch.Tensor, size, window=None) -> torch.Tensor:
@@ -57,7 +58,7 @@ def oracle(head: InterpolatedLIIF, feature: torch.Tensor, size, window=None) -> 
                 (2 * (top + row) + 1) * h / (2 * height),
                 (2 * (left + col) + 1) * w / (2 * width),
             )
-            angles = [2 * math.pi * n * p for n in (1, 2) for p in place]
+            angles = [2 * math.pi * p for p in place]
             code = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
             extent = [2 * h / height, 2 * w / width] if head.cell_decode else []
             value = (1 - dy) * upper + dy * lower + state["place.weight"] @ [*code, *extent]
