@@ -26,13 +26,13 @@ case $family in
     if [ -d "$ARBSCALE_DATA/afhq_cats256" ]; then data=(--data afhq_cats256 --whole); fi
     teacher=${ARBSCALE_WEIGHTS:?name the folder of taesd/taesd_encoder.safetensors}
     teacher=$teacher/taesd/taesd_encoder.safetensors
-    train runs/cats-first "${data[@]}" --teacher "$teacher" --steps 0 $((7000 * scale)) 0 0
+    train runs/cats-first "${data[@]}" --teacher "$teacher" --steps 0 $((9000 * scale)) 0 0
     launch=("$python" -m torch.distributed.run --nproc_per_node "${PROCESSES:-1}" -m --)
     train runs/cats-denoiser --start runs/cats-first "${data[@]}" --ema-decay 0.9995 \
       --steps 0 0 $((47000 * scale)) 0
     launch=("$python" -m)
     train runs/cats-student --start runs/cats-denoiser "${data[@]}" --teacher "$teacher" \
-      --preset.tiny-channels 40 --steps $((8000 * scale)) 0 0 0
+      --preset.tiny-channels 40 --steps $((1500 * scale)) 0 0 0
     train data/cats --start runs/cats-student "${data[@]}" --sample-every 0 --steps 0 0 0 200
     ;;
   photos)

@@ -287,7 +287,7 @@ def read_photo(content: bytes, name: str) -> Tensor:
 
     A large JPEG is decoded at a fraction of its size. Raises ValueError with the file's name.
     """
-    from arbscale.data.images import decode, open_image, reason
+    from arbscale.data.images import open_image, reason, to_tensor
 
     name = Path(name.replace("\\", "/")).name[-80:] or "file"
     with tempfile.TemporaryDirectory() as folder:
@@ -298,7 +298,7 @@ def read_photo(content: bytes, name: str) -> Tensor:
                 image.draft("RGB", (2 * MAX_TRUTH,) * 2)
                 if image.width * image.height > MAX_PHOTO:
                     raise InputError(f"over {MAX_PHOTO // 10**6} million pixels; reduce it")
-                return decode(image)
+                return to_tensor(image)
         except ValueError as error:
             raise InputError(f"{name}: {reason(error.__cause__ or error)}") from None
 
