@@ -206,11 +206,10 @@ class InterpolatedLIIF(_Head):
     A local implicit image function whose features are interpolated in place of its predictions.
     The first layer acts on the feature grid and sees 3 x 3 features (the feature unfolding of Chen,
     Liu and Wang 2021): with one alone, what neighbouring latent pixels say does not match where it
-    is blended, and their borders show. Its output is interpolated at the point, between the four
-    features around it. There the point's place within its latent pixel (one sine and cosine for
-    each axis, so that it is continuous across borders) and the cell enter, and ReLU and the other
-    layers follow. Where LIIF needs its local ensemble for continuity, this is continuous by
-    construction.
+    is blended, and their borders show. Its output is interpolated bilinearly at the point. There
+    the point's place within its latent pixel (one sine and cosine for each axis, so that it is
+    continuous across borders) and the cell enter, and ReLU and the other layers follow. Where LIIF
+    needs its local ensemble for continuity, this is continuous by construction.
 
     Parameters
     ----------
@@ -304,14 +303,11 @@ def _split(axis: Axis, n: int) -> Iterator[Axis]:
 def _between(position: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Find the grid pixels before and after each point, and the share (N, 1) of the latter.
 
-    The share rises from 0 to 1 without a slope at either end: with a straight ramp, creases show at
-    the grid pixels' centres. Beyond the outermost centres the outermost pixel is repeated.
+    Beyond the outermost centres the outermost pixel is repeated.
     """
     u = ((position + 1) * (n / 2) - 0.5).clamp(0, n - 1)
     before = u.floor().long()
-    share = u - before
-    share = share.square() * (3 - 2 * share)
-    return before, (before + 1).clamp(max=n - 1), share[:, None]
+    return before, (before + 1).clamp(max=n - 1), (u - before)[:, None]
 
 
 def _neighbour(position: Tensor, n: int, step: float) -> tuple[Tensor, Tensor]:

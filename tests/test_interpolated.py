@@ -26,8 +26,7 @@ def between(row: int, n_out: int, n_grid: int) -> tuple[int, int, float]:
     u = (2 * row + 1) * n_grid / (2 * n_out) - 0.5  # in grid pixels from the first centre
     u = min(max(u, 0), n_grid - 1)
     before = math.floor(u)
-    ramp = u - before
-    return before, min(before + 1, n_grid - 1), 3 * ramp**2 - 2 * ramp**3
+    return before, min(before + 1, n_grid - 1), u - before
 
 
 def oracle(head: InterpolatedLIIF, feature: torch.Tensor, size, window=None) -> torch.Tensor:
