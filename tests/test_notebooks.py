@@ -169,7 +169,7 @@ def test_links_lead_somewhere(notebook):
 
 
 def test_size(notebook):
-    assert notebook.path.stat().st_size < 2_000_000
+    assert notebook.path.stat().st_size < 2_100_000
     assert 10 <= len(notebook.code) <= 40
 
 
