@@ -11,12 +11,12 @@ NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb
 
 def test_nonsense_is_refused_and_the_image_stays(explorer):
     explorer.type("typed", "many")
-    explorer.until(lambda: "'many'" in explorer.status or explorer.size == "237x237")
-    assert explorer.size == "237x237"
+    explorer.until(lambda: "'many'" in explorer.status or explorer.size == "474x474")
+    assert explorer.size == "474x474"
     explorer.type("typed", "3.7")
 
 
-@pytest.mark.parametrize(("text", "size"), [("x2", "128x128"), ("96x96", "96x96")])
+@pytest.mark.parametrize(("text", "size"), [("x2", "256x256"), ("96x96", "96x96")])
 def test_a_size_is_typed(explorer, text, size):
     explorer.type("typed", text)
     assert explorer.size == size
@@ -86,7 +86,7 @@ def test_the_whole_image_is_downloaded(front, explorer):
     explorer.find("save-whole").click()
     explorer.until(lambda: list(front.browser.downloads.glob("*.png")))
     [file] = front.browser.downloads.glob("*.png")
-    assert Image.open(file).size == (237, 237)
+    assert Image.open(file).size == (474, 474)
     explorer.rest()
 
 
@@ -103,9 +103,9 @@ def test_300_quick_moves_end_on_the_last(explorer):
         }
         move(2);
     """)
-    explorer.until(lambda: explorer.size == "256x256")
+    explorer.until(lambda: explorer.size == "512x512")
     explorer.rest()
-    assert explorer.size == "256x256"
+    assert explorer.size == "512x512"
 
 
 def test_a_dropped_file_is_read(front):
