@@ -191,7 +191,7 @@ def upscale(
     factor = size if scale is None else scale
     rank, ranks = launched()
     share, left_out = pairs[rank::ranks], []
-    with tqdm(total=len(share), bar_format=BAR, delay=1, disable=rank > 0) as bar:
+    with tqdm(total=len(share), bar_format=BAR, leave=False, disable=rank > 0 or None) as bar:
         for i, (source, target) in enumerate(share):
             if not (finished and finished.holds(source, target)):
                 try:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 1_000_000  # at most
 KINDS = dict.fromkeys(("name", "data", "licence"), str)
-KINDS |= {"commands": list, "minutes": (float, int), "losses": dict}
+KINDS |= {"commands": list, "minutes": float, "losses": dict}
 """Of what training writes into a manifest and reads again; a field may be missing."""
 FORMAT = 1  # of the manifest and of the files beside it
 SHARD_BYTES = 15_000_000

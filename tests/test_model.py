@@ -563,9 +563,9 @@ def test_half_precision_is_close(tmp_path, generator):
 def test_a_model_saved_again_keeps_what_is_known(tmp_path, generator):
     generator.save(tmp_path / "a")
     back = arbscale.load(tmp_path / "a")
-    back.manifest["minutes"] = 3
+    back.manifest["minutes"] = 3.5
     back.save(tmp_path / "b")
-    assert arbscale.load(tmp_path / "b").manifest["minutes"] == 3
+    assert arbscale.load(tmp_path / "b").manifest["minutes"] == 3.5
 
 
 def test_device(generator):
