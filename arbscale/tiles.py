@@ -30,7 +30,6 @@ from arbscale.unet import computing
 Place = tuple[EllipsisType, slice, slice]
 """Which rows and columns of a tensor (..., h, w) something is."""
 
-STRIP = 1 << 18  # output pixels of a tile that are rendered at a time
 NOISE_BLOCK = 32  # latent pixels per side that share one stream of random numbers
 
 
@@ -56,21 +55,18 @@ class Tile:
         stops = [max(a + 1, round(b * zoom)) for a, (_, b) in zip(starts, spans, strict=True)]
         return (..., slice(starts[0], stops[0]), slice(starts[1], stops[1]))
 
-    def points(self, low_size: Size, size: Size) -> tuple[Window, Tensor, Tensor]:
-        """Find the output pixels whose centres lie in this tile.
+    def axes(self, low_size: Size, size: Size) -> tuple[Window, Tensor, Tensor, Tensor]:
+        """Find the output pixels whose centres lie in the tile.
+
+        `low_size` is the whole input's, `size` the whole output's.
 
         Returns
         -------
         tuple
-            Their window in the output of `size`; their coordinates (N, 2) in [-1, 1] of the tile;
-            and their cell (2,) in the tile's units.
+            Their window in the output, the coordinates in [-1, 1] of the tile of their rows (H,)
+            and of their columns (W,), and their cell (2,) in the tile's units.
 
         """
-        window, y, x, cells = self.axes(low_size, size)
-        return window, torch.cartesian_prod(y, x), cells
-
-    def axes(self, low_size: Size, size: Size) -> tuple[Window, Tensor, Tensor, Tensor]:
-        """Return what `points` does, but the coordinates of rows (H,) and of columns (W,)."""
         axes, starts, cells = [], [], []
         for low, high, n, total in zip(
             (self.top, self.left), (self.bottom, self.right), low_size, size, strict=True
@@ -259,12 +255,9 @@ def _decoded(
                 kept = band[:, top - first :]
                 new = torch.empty(3, height - kept.shape[1], size[1], device=low.device)
                 band, first = torch.cat([kept, new], dim=1), top
-            for rows in torch.arange(height).split(max(1, STRIP // width)):
-                coords = torch.cartesian_prod(y[rows], x)  # (N, 2)
-                places = (part.to(features) for part in (y[rows], x, cells[None]))
-                rgb = liif.query_grid(features, *places)[0].to(band)  # (3, rows, width)
-                local = (top - first + int(rows[0]), left, len(rows), width)
-                paste(band, rgb, local, coords, tile)
+            places = (part.to(features) for part in (y, x, cells[None]))
+            rgb = liif.query_grid(features, *places)[0].to(band)  # (3, height, width)
+            paste(band, rgb, (top - first, left, height, width), y, x, tile)
     yield band
 
 
@@ -352,17 +345,16 @@ def _columns(image: Tensor, width: int) -> Tensor:
     return F.interpolate(image[None], (image.shape[-2], width), mode="bicubic", antialias=True)[0]
 
 
-def paste(out: Tensor, rgb: Tensor, window: Window, coords: Tensor, tile: Tile) -> None:
+def paste(out: Tensor, rgb: Tensor, window: Window, y: Tensor, x: Tensor, tile: Tile) -> None:
     """Lay a tile's pixels (3, h, w) over `out` (3, H, W), in place.
 
-    `window` and `coords` come from `tile.points`. Across the overlap with the tiles above and to
+    `window`, `y` and `x` come from `tile.axes`. Across the overlap with the tiles above and to
     the left the new pixels fade in linearly; where those tiles have no pixel, the new ones are laid
     as they are.
     """
     top, left, height, width = window
     if not height or not width:
         return
-    y, x = coords.view(height, width, 2)[:, 0, 0], coords.view(height, width, 2)[0, :, 1]
     fade_in_y = _ramp(y, tile.over_top / (tile.bottom - tile.top))
     fade_in_x = _ramp(x, tile.over_left / (tile.right - tile.left))
     alpha = (fade_in_y[:, None] * fade_in_x).to(out)  # (h, w)

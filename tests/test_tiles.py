@@ -68,7 +68,8 @@ def test_an_impossible_overlap_is_refused(side, overlap):
 
 def test_the_only_tile_has_the_pictures_own_points():
     (tile,) = tiles((6, 9), 32, 8)
-    window, coords, cells = tile.points((6, 9), (20, 33))
+    window, y, x, cells = tile.axes((6, 9), (20, 33))
+    coords = torch.cartesian_prod(y, x)
     assert window == (0, 0, 20, 33)
     torch.testing.assert_close(coords, grid((20, 33)).view(-1, 2), atol=1e-6, rtol=0)
     torch.testing.assert_close(cells.float(), cell((20, 33)))
@@ -81,7 +82,8 @@ def test_points_are_where_they_would_be_without_tiles(size):
     whole = grid(size)
     seen = torch.zeros(size, dtype=torch.int)
     for tile in tiles(low, 16, 4):
-        (top, left, height, width), coords, cells = tile.points(low, size)
+        (top, left, height, width), y, x, cells = tile.axes(low, size)
+        coords = torch.cartesian_prod(y, x)
         assert coords.shape == (height * width, 2)
         assert coords.numel() == 0 or coords.abs().max() <= 1
         start = torch.tensor([tile.top, tile.left])
@@ -99,9 +101,9 @@ def test_a_tile_may_hold_no_pixel():
     """Reduced twenty times, most tiles fall between two pixel centres."""
     empty = 0
     for tile in tiles((60, 60), 4, 1):
-        window, coords, _ = tile.points((60, 60), (3, 3))
-        empty += len(coords) == 0
-        paste(torch.zeros(3, 3, 3), torch.zeros(3, *window[2:]), window, coords, tile)
+        window, y, x, _ = tile.axes((60, 60), (3, 3))
+        empty += len(y) * len(x) == 0
+        paste(torch.zeros(3, 3, 3), torch.zeros(3, *window[2:]), window, y, x, tile)
     assert empty > 100
 
 
@@ -118,8 +120,8 @@ def test_constants_stay_constant(low, out_size, side, overlap):
     """Whatever `out` held before (here: not a number) is painted over, and weights sum to one."""
     out = torch.full((3, *out_size), float("nan"))
     for tile in tiles(low, side, overlap):
-        window, coords, _ = tile.points(low, out_size)
-        paste(out, torch.full((3, *window[2:]), 0.3), window, coords, tile)
+        window, y, x, _ = tile.axes(low, out_size)
+        paste(out, torch.full((3, *window[2:]), 0.3), window, y, x, tile)
     torch.testing.assert_close(out, torch.full_like(out, 0.3))
 
 
@@ -127,8 +129,8 @@ def test_the_overlap_fades_in():
     out = torch.zeros(3, 4, 12)
     first, second = tiles((4, 12), 8, 4)
     for tile, value in ((first, 0.0), (second, 1.0)):
-        window, coords, _ = tile.points((4, 12), (4, 12))
-        paste(out, torch.full((3, 4, 8), value), window, coords, tile)
+        window, y, x, _ = tile.axes((4, 12), (4, 12))
+        paste(out, torch.full((3, 4, 8), value), window, y, x, tile)
     row = out[0, 0]
     assert row[:4].tolist() == [0] * 4 and row[8:].tolist() == [1] * 4
     assert row[4:8].tolist() == pytest.approx([0.125, 0.375, 0.625, 0.875])
@@ -277,20 +279,6 @@ def test_what_paint_holds_does_not_grow_with_the_image(monkeypatch):
     for rows in (100, 300):
         painted(photograph(rows, 20), (rows * 3, 60), 16)
         assert 16 * 3 < max(heights) < 45 * 3
-
-
-def test_a_tile_is_rendered_in_strips(monkeypatch):
-    expected, seen = painted(photograph(40, 31), (93, 80), 16), []
-    original = Flat.query_grid
-
-    def query_grid(self, z, y, x, cells):
-        seen.append(len(y) * len(x))
-        return original(self, z, y, x, cells)
-
-    monkeypatch.setattr(tiles_module, "STRIP", 200)
-    monkeypatch.setattr(Flat, "query_grid", query_grid)
-    assert torch.equal(painted(photograph(40, 31), (93, 80), 16), expected)
-    assert max(seen) <= 200 and sum(seen) >= 93 * 80
 
 
 def test_bytes():

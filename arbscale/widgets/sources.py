@@ -84,20 +84,16 @@ class Enlarged:
             if all(len(centres) for _, centres in places):
                 (top, y), (left, x) = places
                 patch = top, left, len(y), len(x)
-                coords = torch.cartesian_prod(
-                    2 * y / (tile.bottom - tile.top) - 1, 2 * x / (tile.right - tile.left) - 1
-                ).float()
-                paste(out, self._paint(tile, size, y, x, coords), patch, coords, tile)
+                paste(out, self._paint(tile, size, y, x), patch, *_within(tile, y, x), tile)
         return out
 
-    def _paint(self, tile: Tile, size: Size, y: Tensor, x: Tensor, coords: Tensor) -> Tensor:
+    def _paint(self, tile: Tile, size: Size, y: Tensor, x: Tensor) -> Tensor:
         """Return a tile's colours (3, rows, columns) at centres y, x, in its input pixels."""
         features, correction = self._decoded(tile)
         sides = tile.bottom - tile.top, tile.right - tile.left
         cells = [2 * n / m / side for n, m, side in zip(self.base, size, sides, strict=True)]
-        points = coords[None].to(features), torch.tensor([cells]).to(features)
-        rgb = self.model.first_stage.liif.query(features, *points)[0].mT.cpu()  # (3, N)
-        rgb = rgb.reshape(3, len(y), len(x))
+        places = (part.to(features) for part in (*_within(tile, y, x), torch.tensor([cells])))
+        rgb = self.model.first_stage.liif.query_grid(features, *places)[0].cpu()
         if size[0] >= self.base[0] and size[1] >= self.base[1]:
             rgb = rgb + _sampled(correction, y, x, (1.0, 1.0))
         return rgb.clamp(-1, 1)
@@ -213,6 +209,12 @@ def _weights(centres: Tensor, n: int, shrink: float) -> tuple[slice, Tensor]:
     near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
     weights = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
     return slice(first, last), (weights / weights.sum(1, keepdim=True)).float()
+
+
+def _within(tile: Tile, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn input pixels, from the tile's first, into coordinates in [-1, 1] of the tile."""
+    down, right = tile.bottom - tile.top, tile.right - tile.left
+    return (2 * y / down - 1).float(), (2 * x / right - 1).float()
 
 
 def _inside(low: int, high: int, n: int, total: int, start: int, length: int) -> tuple[int, Tensor]:
