@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 PY := .venv/bin/python
-NOTEBOOKS = $(sort $(wildcard notebooks/[0-9]*.ipynb))
+NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
 
 # An environment that the caller has activated must not affect the build.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME

@@ -180,7 +180,7 @@ class ArbitraryScaleModel(nn.Module):
             RGBA or (H', W', 4) with the transparency enlarged, too, where there is any.
 
         """
-        from arbscale.data.images import open_upright, to_tensor
+        from arbscale.data.images import like, open_upright, to_tensor
         from arbscale.data.pixels import fill_clear
 
         if not self.preset.low_size:
@@ -188,18 +188,15 @@ class ArbitraryScaleModel(nn.Module):
         self._check_precision()
         sampling = Sampling(steps, sampler, seed)
         if isinstance(image, Tensor) and image.ndim == 4:
-            n = len(image)
-            if not n:
+            if not (n := len(image)):
                 raise InputError(f"a batch holds at least one image, got {tuple(image.shape)}")
-            inner = [
-                progress and (lambda done, total, i=i: progress(i * total + done, n * total))
-                for i in range(n)
-            ]
-            options = scale, size, seed, steps, sampler, tile
-            pairs = zip(image, inner, strict=True)
-            return torch.stack(
-                [self.upscale(x, *options, report, precision) for x, report in pairs]
-            )
+
+            def one(i: int) -> Tensor:
+                report = progress and (lambda done, total: progress(i * total + done, n * total))
+                options = scale, size, seed, steps, sampler, tile, report, precision
+                return self.upscale(image[i], *options)
+
+            return torch.stack([one(i) for i in range(n)])
         low, alpha = (image, None) if isinstance(image, Tensor) else open_upright(image)[:2]
         low = to_tensor(fill_clear(low, alpha))  # (3, h, w)
         low = low.cpu() if low.device.type == "mps" else low  # which lacks antialiased resampling
@@ -212,7 +209,7 @@ class ArbitraryScaleModel(nn.Module):
         keep_float = isinstance(image, Tensor) and image.is_floating_point()
         latents = ((span, z[span.latent(self.zoom)]) for span in spans)
         kind = torch.float32 if keep_float else torch.uint8
-        return _like(self.paint(low, size, latents, kind, dtype), image, alpha)
+        return like(self.paint(low, size, latents, kind, dtype), image, alpha)
 
     def tiles(self, size: Size, side: int | None = None) -> list[Tile]:
         """Cut an input of `size` into tiles; `side` in its pixels, by default as for `upscale`."""
@@ -407,19 +404,3 @@ def shapes(preset: Preset) -> dict[str, torch.Size]:
     except (RuntimeError, ValueError, *store.STRAY) as error:
         raise InputError(f"no model can be built from its preset ({error})") from None
     return {name: tensor.shape for name, tensor in parts.state_dict().items()}
-
-
-def _like(out: Tensor, image: Any, alpha: Tensor | None) -> Any:
-    """Return `out` (3, H, W) as the kind that `image` is, with its alpha (1, h, w) enlarged."""
-    from arbscale.data.images import resize_alpha
-
-    if isinstance(image, Tensor):
-        return out.to(image.device)
-    if alpha is not None:
-        out = torch.cat([out, resize_alpha(alpha, out.shape[-2:])])
-    array = out.permute(1, 2, 0).contiguous().numpy()
-    if type(image).__module__ == "numpy":
-        return array
-    from PIL import Image
-
-    return Image.fromarray(array)

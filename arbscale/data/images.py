@@ -196,6 +196,18 @@ def resize_alpha(alpha: Tensor, size: Size) -> Tensor:
     return torch.from_numpy(np.array(resized))[None]
 
 
+def like(out: Tensor, image: Any, alpha: Tensor | None) -> Any:
+    """Return `out` (3, H, W) as the kind that `image` is, with its alpha (1, h, w) enlarged."""
+    from PIL import Image
+
+    if isinstance(image, Tensor):
+        return out.to(image.device)
+    if alpha is not None:
+        out = torch.cat([out, resize_alpha(alpha, out.shape[-2:])])
+    array = out.permute(1, 2, 0).contiguous().numpy()
+    return array if isinstance(image, np.ndarray) else Image.fromarray(array)
+
+
 def random_crop(
     image: Tensor, size: int | Size, generator: torch.Generator | None = None
 ) -> Tensor:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +20,11 @@ from arbscale.evaluation.reports import RATIO, header
 from arbscale.liif import LIIF, InterpolatedLIIF
 from arbscale.model import BAND, ArbitraryScaleModel
 from arbscale.store import StateError
+from arbscale.unet import pick_precision
 
 CPU = torch.device("cpu")
 AGREEMENT = 1e-4  # largest difference of two forms' images
+ENLARGED, STEPS = 1000, (1, 2, 3, 5)  # side in pixels of what `upscale` makes, in these steps
 LATENT = (64, 64)  # that all forms render from
 SIDES = (256, 512, 1024)  # pixels; all forms render these
 LARGER = (2048, 4096, 8192, 16384)  # the last form renders these, band by band
@@ -67,9 +70,10 @@ def measure(
     """Time a model at several sizes; JSON-able, with the protocol beside the results.
 
     Rows are named tasks: the model end to end; the same with the 200 DDIM steps of the published
-    code, at the first size alone, for it does not depend on the size; and decoding alone. Then
-    come the forms of rendering of `_forms`, one image from 64 x 64 features, each with how many
-    times as fast as the released form it is.
+    code, at the first size alone, for it does not depend on the size; and decoding alone. For
+    super-resolution, `upscale` to a megapixel follows, by steps and precision. Then come the forms
+    of rendering of `_forms`, one image from 64 x 64 features, each with how many times as fast as
+    the released form it is.
     """
     rows = []
     _reset_peak(model.device)
@@ -81,6 +85,8 @@ def measure(
         for name, task in tasks.items():
             speed = images_per_second(task, batch, seconds, model.device)
             rows.append({"size": list(size), "task": name, **asdict(speed)})
+    if model.preset.low_size:
+        rows += _enlarging(model, seconds)
     forms = _forms(model)
     for side in SIDES:
         for name, form in forms.items():
@@ -141,6 +147,23 @@ def _whole(
         return lambda: model.generate(batch, size, 0, steps, sampler)
     low = _seeded(torch.rand, batch, 3, model.preset.low_size, model.preset.low_size) * 2 - 1
     return lambda: model.upscale(low, size=size, steps=steps, sampler=sampler)
+
+
+def _enlarging(model: ArbitraryScaleModel, seconds: float) -> list[dict]:
+    """Time `upscale` to a megapixel, beside five steps in tiles of twice the training's size."""
+    low = _seeded(torch.rand, 3, ENLARGED // 2, ENLARGED // 2) * 2 - 1
+    side = 2 * model.preset.low_size
+    fast = pick_precision("auto", model.device) != torch.float32
+    calls = {f"5 steps, float32, tiles of {side} px": {"steps": 5, "tile": side}}
+    for precision in ["float32", "auto"][: 1 + fast]:
+        name = {"auto": "bfloat16"}.get(precision, precision)
+        calls |= {f"{n} steps, {name}": {"steps": n, "precision": precision} for n in STEPS}
+    rows = []
+    for name, options in calls.items():
+        task = partial(model.upscale, low, 2.0, **options)
+        speed = images_per_second(task, 1, seconds, model.device)
+        rows.append({"size": [ENLARGED] * 2, "task": f"enlarging x2, {name}", **asdict(speed)})
+    return rows
 
 
 def _decoder(model: ArbitraryScaleModel, size: Size, batch: int) -> Callable[[], Tensor]:

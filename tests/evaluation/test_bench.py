@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 
 import pytest
@@ -35,12 +36,35 @@ def small(monkeypatch):
     """Make all sizes small: the published ones take minutes."""
     assert (bench.LATENT, bench.SIDES[0], bench.LARGER[-1]) == ((64, 64), 256, 16384)
     for name, value in (
+        ("ENLARGED", 40),
         ("LATENT", (3, 4)),
         ("SIDES", (8, 12)),
         ("LARGER", (40, 60)),
         ("BAND", 700),
     ):
         monkeypatch.setattr(bench, name, value)
+
+
+def test_enlarging_is_timed_by_steps_and_precision_beside_small_tiles(small, monkeypatch):
+    model, calls = ArbitraryScaleModel(presets.tiny(8)).eval(), []
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    original = model.upscale
+
+    def recorded(low, scale, **options):
+        calls.append(options)
+        out = original(low, scale, **options)
+        assert out.shape == (3, 40, 40)
+        return out
+
+    model.upscale = recorded
+    rows = bench._enlarging(model, 0.0)
+    tried = [calls[0], *(c for before, c in itertools.pairwise(calls) if c != before)]
+    assert len(rows) == len(tried) == 1 + 2 * len(bench.STEPS)
+    assert tried[0] == {"steps": 5, "tile": 16} and "16" in rows[0]["task"]
+    for row, options in zip(rows, tried, strict=True):
+        assert row["size"] == [40, 40] and row["seconds"] > 0
+        assert str(options["steps"]) in row["task"]
+        assert ("bfloat16" in row["task"]) == (options.get("precision") == "auto")
 
 
 @pytest.mark.parametrize("low_size", [None, 8])
