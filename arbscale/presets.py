@@ -54,7 +54,7 @@ class Preset:
     finer: int = 1  # the interpolated head's features per latent pixel along each side
     encoder_attention_levels: tuple[int, ...] = ()  # levels with attention, beside the middle
     decoder_attention_levels: tuple[int, ...] = ()  # the same for the symmetric decoder
-    padding: str = "zeros"  # beyond the symmetric decoder's border: nn.Conv2d's padding_mode
+    padding: str = "zeros"  # beyond the first stage's borders: nn.Conv2d's padding_mode
     # denoiser
     unet_channels: int = 64  # width of the first level, at least 64
     unet_multipliers: tuple[int, ...] = (1, 2)  # width of each level
@@ -85,7 +85,9 @@ class Preset:
     # losses
     kl_weight: float = 1e-6  # of the posterior's divergence, while the encoder is trained
     lpips_weight: float = 0.0  # of LPIPS beside L1; wants `crop`
+    lattice_weight: float = 0.0  # of errors that repeat with each latent pixel
     crop: int = 0  # side of a window of LIIF's targets, beside scattered points; 0: none
+    flat: float = 0.0  # share of random crops that are reduced to their mean colour
     prediction: str = "eps"  # what the denoiser's output is: the noise ("eps") or the velocity "v"
 
     def __post_init__(self) -> None:
@@ -103,6 +105,8 @@ class Preset:
         if self.lpips_weight and min(self.crop, low, self.image_size) < 32:
             sides = self.crop, self.image_size, self.target_sizes
             raise InputError(f"LPIPS takes crop, image_size, target_sizes from 32 px, got {sides}")
+        if self.flat > 1:
+            raise InputError(f"flat is a share of all crops, from 0 to 1, got {self.flat}")
 
     @property
     def factor(self) -> int:
@@ -236,6 +240,7 @@ def cats() -> Preset:
         diffusion_lr=1e-3,
         alignment_lr=2e-5,
         lpips_weight=0.25,
+        lattice_weight=1000.0,
         crop=64,
         prediction="v",
     )
@@ -247,6 +252,9 @@ def photos() -> Preset:
         "photos",
         latent_channels=8,
         posterior=True,
+        padding="replicate",
+        head="interpolated",
+        finer=2,
         unet_blocks=1,
         beta_end=0.0155,
         image_size=96,
@@ -256,7 +264,9 @@ def photos() -> Preset:
         first_stage_lr=1e-3,
         kl_weight=1e-4,
         lpips_weight=0.25,
-        crop=40,
+        lattice_weight=1000.0,
+        crop=64,
+        flat=0.125,
         prediction="v",
     )
 
@@ -350,15 +360,17 @@ def build_encoder(preset: Preset) -> Encoder | TinyEncoder:
     """Build an untrained encoder."""
     if preset.encoder == "tiny":
         return TinyEncoder(preset.tiny_channels, preset.latent_channels)
-    options = preset.posterior, preset.encoder_attention_levels, preset.groups
-    return Encoder(*_widths(preset), *options)
+    p = preset
+    options = p.posterior, p.encoder_attention_levels, p.groups, p.padding
+    return Encoder(*_widths(p), *options)
 
 
 def build_decoder(preset: Preset) -> Decoder | TinyDecoder:
     """Build the untrained up-sampling decoder that pre-trains the encoder."""
     if preset.encoder == "tiny":
         return TinyDecoder(preset.tiny_channels, preset.latent_channels)
-    return Decoder(*_widths(preset), preset.encoder_attention_levels, preset.groups)
+    options = preset.encoder_attention_levels, preset.groups, preset.padding
+    return Decoder(*_widths(preset), *options)
 
 
 def build_first_stage(preset: Preset) -> FirstStage:

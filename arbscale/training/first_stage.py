@@ -31,6 +31,7 @@ from arbscale.training.loop import Run, Stage, optimise
 from arbscale.training.pruning import inherit
 from arbscale.training.sources import Batch, Source
 
+HARMONICS = 4  # of the latent grid's frequency, along each axis
 POINTS = 1024  # of each target, where LIIF is compared with the ground truth
 EXAMPLES = 32  # images on which the channels of an encoder are weighed
 REMEMBERED = 1 << 30  # bytes of latents that a stage with a frozen encoder keeps
@@ -293,6 +294,8 @@ class DecoderStage(FrozenEncoderStage):
             z, divergence = self.latents(self.first_stage.encode, image, numbers), 0.0
         rgb = self.first_stage.liif.query(self.first_stage.features(z), coords, cells)  # (B, N, 3)
         loss = F.l1_loss(rgb, colors) + self.preset.kl_weight * divergence
+        if self.preset.lattice_weight:
+            loss = loss + self.preset.lattice_weight * _lattice(rgb - colors, coords, z.shape[-1])
         if not self.preset.lpips_weight:
             return loss
         side = math.isqrt(rgb.shape[1] - POINTS)
@@ -332,6 +335,22 @@ def _points(size: int, crop: int, n: int, generator: torch.Generator) -> Tensor:
     corners = torch.randint(size - side + 1, (n, 2), generator=generator).tolist()
     windows = [centres[y : y + side, x : x + side] for y, x in corners]
     return torch.stack(windows).flatten(1, 2)
+
+
+def _lattice(residual: Tensor, coords: Tensor, n: int) -> Tensor:
+    """Energy of the part of the residual (B, N, 3) that repeats with each of n x n latent pixels.
+
+    LPIPS takes dots at the same place of every latent pixel for texture. The mean of the residual
+    over the batch, as a function of the place in the latent pixel, is its Fourier coefficients at
+    the grid's frequency and its harmonics.
+    """
+    k = torch.arange(-HARMONICS, HARMONICS + 1, device=coords.device)
+    turns = (coords[..., None] + 1) * (math.pi * n) * k  # (B, N, 2, k)
+    y, x = torch.polar(torch.ones_like(turns), turns).unbind(2)
+    waves = (y[..., :, None] * x[..., None, :]).flatten(2).flatten(0, 1)  # (B*N, k*k)
+    waves = waves[:, : len(k) ** 2 // 2]  # without the constant, and one of each conjugate pair
+    mean = waves.mT @ residual.flatten(0, 1).to(waves) / len(waves)  # (waves, 3)
+    return mean.abs().square().sum(dim=1).mean()
 
 
 def _perceptual(preset: Preset, rgb: Tensor, target: Tensor) -> Tensor | float:
