@@ -92,14 +92,13 @@ class Attention(nn.Module):
 class Downsample(nn.Module):
     """Halve the size by a strided convolution that pads right and bottom only."""
 
-    def __init__(self, channels: int, padding: str = "zeros"):
+    def __init__(self, channels: int):
         super().__init__()
         self.conv = _conv(channels, channels, 3, stride=2)
-        self.padding = "constant" if padding == "zeros" else padding
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h // 2, w // 2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1), mode=self.padding))
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -127,7 +126,7 @@ def _level(
     return nn.Sequential(*layers)
 
 
-def _middle(channels: int, groups: int, padding: str) -> nn.Sequential:
+def _middle(channels: int, groups: int, padding: str = "zeros") -> nn.Sequential:
     return nn.Sequential(
         ResidualBlock(channels, channels, groups, padding),
         Attention(channels, groups),
@@ -155,8 +154,6 @@ class Encoder(nn.Module):
     groups
         Of group normalisation, 32 as published. A narrow network wants fewer: with one or two
         channels per group the normalisation wipes out brightness and contrast.
-    padding
-        As in `ResidualBlock`: zeros as published, which a small network draws as a frame.
 
     """
 
@@ -169,21 +166,20 @@ class Encoder(nn.Module):
         posterior: bool = False,
         attention_levels: tuple[int, ...] = (),
         groups: int = 32,
-        padding: str = "zeros",
     ):
         super().__init__()
         widths = [channels * m for m in multipliers]
         out_channels = latent_channels * (2 if posterior else 1)
         self.factor = 2 ** (len(widths) - 1)
-        self.stem = _conv(3, channels, 3, padding=1, padding_mode=padding)
+        self.stem = _conv(3, channels, 3, padding=1)
         self.levels = nn.ModuleList(
-            _level(before, width, blocks, i in attention_levels, groups, padding)
+            _level(before, width, blocks, i in attention_levels, groups, "zeros")
             for i, (before, width) in enumerate(zip([channels, *widths], widths, strict=False))
         )
-        self.downs = nn.ModuleList(Downsample(width, padding) for width in widths[:-1])
-        self.middle = _middle(widths[-1], groups, padding)
+        self.downs = nn.ModuleList(Downsample(width) for width in widths[:-1])
+        self.middle = _middle(widths[-1], groups)
         self.norm = _norm(widths[-1], groups)
-        self.conv = _conv(widths[-1], out_channels, 3, padding=1, padding_mode=padding)
+        self.conv = _conv(widths[-1], out_channels, 3, padding=1)
         self.head = _conv(out_channels, out_channels, 1)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -203,7 +199,8 @@ class SymmetricDecoder(nn.Module):
 
     Every level works at the latent's own resolution; neither the last normalisation nor the output
     convolution is there, so LIIF gets the narrowest level's `channels` channels.
-    Implements the symmetric decoder of Kim and Kim 2024. Parameters as in `Encoder`.
+    Implements the symmetric decoder of Kim and Kim 2024. Parameters as in `Encoder`; `padding` as
+    in `ResidualBlock`: zeros as published, which draw a frame into the images of a small decoder.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ class Preset:
     finer: int = 1  # the interpolated head's features per latent pixel along each side
     encoder_attention_levels: tuple[int, ...] = ()  # levels with attention, beside the middle
     decoder_attention_levels: tuple[int, ...] = ()  # the same for the symmetric decoder
-    padding: str = "zeros"  # beyond the first stage's borders: nn.Conv2d's padding_mode
+    padding: str = "zeros"  # beyond the symmetric decoder's border: nn.Conv2d's padding_mode
     # denoiser
     unet_channels: int = 64  # width of the first level, at least 64
     unet_multipliers: tuple[int, ...] = (1, 2)  # width of each level
@@ -360,17 +360,15 @@ def build_encoder(preset: Preset) -> Encoder | TinyEncoder:
     """Build an untrained encoder."""
     if preset.encoder == "tiny":
         return TinyEncoder(preset.tiny_channels, preset.latent_channels)
-    p = preset
-    options = p.posterior, p.encoder_attention_levels, p.groups, p.padding
-    return Encoder(*_widths(p), *options)
+    options = preset.posterior, preset.encoder_attention_levels, preset.groups
+    return Encoder(*_widths(preset), *options)
 
 
 def build_decoder(preset: Preset) -> Decoder | TinyDecoder:
     """Build the untrained up-sampling decoder that pre-trains the encoder."""
     if preset.encoder == "tiny":
         return TinyDecoder(preset.tiny_channels, preset.latent_channels)
-    options = preset.encoder_attention_levels, preset.groups, preset.padding
-    return Decoder(*_widths(preset), *options)
+    return Decoder(*_widths(preset), preset.encoder_attention_levels, preset.groups)
 
 
 def build_first_stage(preset: Preset) -> FirstStage:
