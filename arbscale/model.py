@@ -28,6 +28,7 @@ Progress = Callable[[int, int], None]
 """`progress(done, total)` after each denoising step of the whole job."""
 
 OVERLAP = 12  # input pixels that neighbouring tiles share, at most a quarter of a tile
+BORDER = 4  # latent pixels by which an image is continued while it is denoised
 LARGEST = 2**25  # bytes of the encoder's widest activation of a tile, in float32
 
 
@@ -231,12 +232,20 @@ class ArbitraryScaleModel(nn.Module):
         progress: Progress | None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Return the unscaled latent (1, c, h', w') of an image (3, h, w), tile by tile."""
+        """Return the unscaled latent (1, c, h', w') of an image (3, h, w), tile by tile.
+
+        The outermost pixels are repeated around the image, so that the frame which the networks
+        draw where their input ends lies outside it.
+        """
+        whole, border = Tile(0, 0, *low.shape[-2:], 0, 0), math.ceil(BORDER / self.zoom)
+        rows, cols = (torch.arange(-border, n + border).clamp(0, n - 1) for n in low.shape[-2:])
+        outer = low[:, rows][:, :, cols]
         conditions, denoisers = [], []
         for span in spans:
-            place = span.latent(self.zoom)
+            wider = span.widened(border, low.shape[-2:])
+            place = wider.latent(self.zoom)
             grid = tuple(part.stop - part.start for part in place[1:])
-            part = as_floats(span.cut(low))[None].to(self.device)
+            part = as_floats(wider.cut(outer))[None].to(self.device)
             part = part.contiguous(memory_format=torch.channels_last)  # convolutions are faster
             with computing(self.device, dtype):
                 condition = self.condition(part, grid).float()
@@ -248,7 +257,9 @@ class ArbitraryScaleModel(nn.Module):
         noise = noise_field(sampling.seed, self.preset.latent_channels, (0, 0), size)[None]
         guess = blend(conditions, noise.to(self.device))
         generator = sampling.generator("injected noise")
-        return self._sample(denoise, noise, sampling, generator, guess=guess)
+        z = self._sample(denoise, noise, sampling, generator, guess=guess)
+        first = round(border * self.zoom)
+        return z[..., first:, first:][whole.latent(self.zoom)]
 
     def paint(
         self,

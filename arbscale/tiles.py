@@ -48,6 +48,16 @@ class Tile:
         """Return the tile's part of the input (..., h, w)."""
         return image[..., self.top : self.bottom, self.left : self.right]
 
+    def widened(self, border: int, size: Size) -> Tile:
+        """Return the tile in an input that is continued by `border` pixels on all sides.
+
+        At the sides of the input, whose `size` was (h, w), the tile reaches to the new ones.
+        """
+        ends = (self.bottom, size[0]), (self.right, size[1])
+        bottom, right = (end + border * (2 if end == last else 1) for end, last in ends)
+        top, left = (start and start + border for start in (self.top, self.left))
+        return Tile(top, left, bottom, right, self.over_top, self.over_left)
+
     def latent(self, zoom: float) -> Place:
         """Return where the tile lies in the latent, `zoom` latent pixels per input pixel."""
         spans = (self.top, self.bottom), (self.left, self.right)

@@ -433,9 +433,10 @@ def test_every_part_sees_a_tile_at_most():
             lambda _, x, out, name=name: seen[name].append(math.prod(x[0].shape[-2:]))
         )
     model.upscale(picture(50, 41), scale=1.5, tile=12, steps=1)
-    # 12 px of input are 48 px for the encoder and 24 latent pixels.
-    assert max(seen["encoder"]) == 48 * 48
-    assert max(seen["decoder"]) == max(seen["denoiser"]) == 24 * 24
+    # 12 px of input are 48 px for the encoder and 24 latent pixels; at a side there are 2 px more.
+    assert max(seen["encoder"]) == 56 * 56
+    assert max(seen["denoiser"]) == 28 * 28
+    assert max(seen["decoder"]) == 24 * 24
     assert max(seen["liif"]) <= 2048 * 16
     assert len(seen["encoder"]) > 20
 
@@ -443,12 +444,13 @@ def test_every_part_sees_a_tile_at_most():
 def test_the_default_tile_is_bounded_by_the_encoders_widest_activation(monkeypatch):
     model, image = local(), picture(40, 20)
     model.upscale(image, scale=1, steps=1)
-    assert model.denoiser.seen == [(80, 40)]  # in one piece
+    assert model.denoiser.seen == [(88, 48)]  # in one piece, with 4 more at each side
     for limit, side in ((4 * 32 * (4 * 18) ** 2, 18), (1, 16)):  # 32 channels, 4 px per input pixel
         monkeypatch.setattr("arbscale.model.LARGEST", limit)
         model.denoiser.seen.clear()
         model.upscale(image, scale=1, steps=1)
-        assert set(model.denoiser.seen) == {(2 * side, 2 * side)}
+        rows, columns = ({*sides} for sides in zip(*model.denoiser.seen, strict=True))
+        assert rows == {2 * side, 2 * side + 4} and columns == {2 * side + 4}
 
 
 def test_tiles_overlap_by_what_a_pixel_depends_on():
@@ -489,9 +491,10 @@ def test_enlarging_starts_half_way_from_the_input():
     model.denoise = lambda *_: lambda z, t: torch.zeros_like(z)
     z = model._sample_tiles(low, model.tiles((8, 8)), Sampling(steps=1), None) * 1.3
     alpha_bar = model.schedule.alpha_bar[499]
-    noise = noise_field(0, 3, (0, 0), (16, 16)) * model.preset.noise_level
-    expected = model.condition(low[None]) + ((1 - alpha_bar) / alpha_bar).sqrt() * noise
-    torch.testing.assert_close(z, expected.float())
+    noise = noise_field(0, 3, (0, 0), (24, 24)) * model.preset.noise_level
+    wider = torch.nn.functional.pad(low[None], (2,) * 4, mode="replicate")  # by 4 latent pixels
+    expected = model.condition(wider) + ((1 - alpha_bar) / alpha_bar).sqrt() * noise
+    torch.testing.assert_close(z, expected[..., 4:20, 4:20].float())
 
 
 def test_reducing_through_tiles_that_hold_no_pixel():

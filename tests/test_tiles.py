@@ -310,3 +310,16 @@ def test_paint_corrects_what_is_decoded_by_two_rounds():
     expected = corrected(corrected(decoded, low), low).clamp(-1, 1)
     painted = paint(first_stage, low, (29, 29), [(tile, z)])
     torch.testing.assert_close(painted, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(5, 9), (23, 40)])
+def test_widened_tiles_cover_the_continued_image_and_keep_their_overlaps(size):
+    found = [tile.widened(3, size) for tile in tiles(size, 10, 4)]
+    covered = torch.zeros(size[0] + 6, size[1] + 6)
+    for tile in found:
+        tile.cut(covered).add_(1)
+    assert covered.min() == 1 and found[-1].bottom == size[0] + 6 and found[-1].right == size[1] + 6
+    inner = torch.zeros(size)
+    for tile in tiles(size, 10, 4):
+        tile.cut(inner).add_(1)
+    assert torch.equal(covered[3:-3, 3:-3], inner)

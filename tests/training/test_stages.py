@@ -543,3 +543,35 @@ def test_a_loss_that_is_not_finite_stops_the_training():
     broken = PhotoBatch(torch.full((4, 3, 16, 16), float("nan")))
     with pytest.raises(RuntimeError, match="decoder.*nan.*step 0"):
         train_decoder(model.first_stage, lambda n, g: broken, model.preset, 3)
+
+
+def test_the_lattice_loss_sees_errors_that_repeat_with_the_latent_pixel():
+    """Dots in one of 8 x 8 places are seen; as many elsewhere are not."""
+    coords = grid((64, 64)).view(1, -1, 2)
+
+    def loss(residual: torch.Tensor) -> torch.Tensor:
+        return first_stage._lattice(residual.reshape(1, -1, 1).expand(-1, -1, 3), coords, 8)
+
+    dots = torch.zeros(64, 64)
+    dots[5::8, 3::8] = 0.1
+    # Each of 3 channels has the coefficient 0.1 / 64 at every frequency.
+    torch.testing.assert_close(loss(dots), torch.tensor(3 * (0.1 / 64) ** 2))
+    places = torch.randperm(64 * 64, generator=torch.Generator().manual_seed(0))
+    assert loss(dots.flatten()[places]) < loss(dots) / 10
+    assert loss(torch.ones(64, 64)) < 1e-9  # a tint
+    gradient = torch.func.grad(loss)(dots)
+    assert gradient[5::8, 3::8].min() > 10 * gradient.mean()
+
+
+def test_a_share_of_the_crops_is_flat():
+    ramp = torch.linspace(-1, 1, 3 * 40 * 40).view(3, 40, 40)
+    kept = ramp.clone()
+    source = photo_source([ramp], shrunken(flat=0.25))
+    crops = source(400, torch.Generator().manual_seed(0)).crops
+    flat = crops.std(dim=(2, 3)).amax(dim=1) < 1e-6
+    assert 60 < flat.sum() < 140 and torch.equal(ramp, kept)
+    plain = photo_source([ramp], shrunken())(400, torch.Generator().manual_seed(0)).crops
+    assert torch.equal(crops[~flat], plain[~flat])
+    means = plain.mean(dim=(2, 3), keepdim=True).expand_as(plain)
+    torch.testing.assert_close(crops[flat], means[flat])
+    assert source.identity != photo_source([ramp], shrunken()).identity
