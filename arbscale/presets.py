@@ -85,7 +85,7 @@ class Preset:
     # losses
     kl_weight: float = 1e-6  # of the posterior's divergence, while the encoder is trained
     lpips_weight: float = 0.0  # of LPIPS beside L1; wants `crop`
-    lattice_weight: float = 0.0  # of errors that repeat with each latent pixel
+    lattice_weight: float = 0.0  # of errors that repeat with each latent pixel; wants `crop`
     crop: int = 0  # side of a window of LIIF's targets, beside scattered points; 0: none
     flat: float = 0.0  # share of random crops that are reduced to their mean colour
     prediction: str = "eps"  # what the denoiser's output is: the noise ("eps") or the velocity "v"
@@ -105,6 +105,8 @@ class Preset:
         if self.lpips_weight and min(self.crop, low, self.image_size) < 32:
             sides = self.crop, self.image_size, self.target_sizes
             raise InputError(f"LPIPS takes crop, image_size, target_sizes from 32 px, got {sides}")
+        if self.lattice_weight and not self.crop:
+            raise InputError("lattice_weight is a weight of windows; set crop to their side")
         if self.flat > 1:
             raise InputError(f"flat is a share of all crops, from 0 to 1, got {self.flat}")
 

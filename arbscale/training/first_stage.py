@@ -294,12 +294,13 @@ class DecoderStage(FrozenEncoderStage):
             z, divergence = self.latents(self.first_stage.encode, image, numbers), 0.0
         rgb = self.first_stage.liif.query(self.first_stage.features(z), coords, cells)  # (B, N, 3)
         loss = F.l1_loss(rgb, colors) + self.preset.kl_weight * divergence
-        if self.preset.lattice_weight:
-            loss = loss + self.preset.lattice_weight * _lattice(rgb - colors, coords, z.shape[-1])
-        if not self.preset.lpips_weight:
-            return loss
         side = math.isqrt(rgb.shape[1] - POINTS)
-        windows = (x[:, POINTS:].mT.unflatten(-1, (side, side)) for x in (rgb, colors))
+        if not side:
+            return loss
+        places = coords[:, POINTS:].unflatten(1, (side, side))  # (B, side, side, 2)
+        windows = [x[:, POINTS:].mT.unflatten(-1, (side, side)) for x in (rgb, colors)]
+        if self.preset.lattice_weight:
+            loss = loss + self.preset.lattice_weight * _lattice(*windows, places, z.shape[-1])
         # What is finer than the encoder's input no latent holds: there LPIPS would invent.
         known = self.preset.image_size * cells[0, 0]  # twice the input's side over the target's
         return loss + known.clamp(max=1) ** 4 * _perceptual(self.preset, *windows)
@@ -337,20 +338,33 @@ def _points(size: int, crop: int, n: int, generator: torch.Generator) -> Tensor:
     return torch.stack(windows).flatten(1, 2)
 
 
-def _lattice(residual: Tensor, coords: Tensor, n: int) -> Tensor:
-    """Energy of the part of the residual (B, N, 3) that repeats with each of n x n latent pixels.
+def _lattice(rgb: Tensor, target: Tensor, coords: Tensor, n: int) -> Tensor:
+    """Energy of the errors of windows (B, 3, s, s) that repeat with each of n x n latent pixels.
 
-    LPIPS takes dots at the same place of every latent pixel for texture. The mean of the residual
-    over the batch, as a function of the place in the latent pixel, is its Fourier coefficients at
-    the grid's frequency and its harmonics.
+    LPIPS takes dots and dashes at one place of every latent pixel for texture. Both the colour and
+    the sharpness, the absolute value of the Laplacian, are compared with the ground truth. The mean
+    error as a function of the place in the latent pixel has its Fourier coefficients at the grid's
+    frequency and the harmonics of that. `coords` (B, s, s, 2) are the pixels' centres.
     """
+    inner = slice(1, -1)
+    ours, true = (
+        torch.cat([x[..., inner, inner], _laplacian(x).abs()], dim=1) for x in (rgb, target)
+    )
+    error = (ours - true).movedim(1, -1).flatten(0, -2)  # (B*(s - 2)**2, 6)
     k = torch.arange(-HARMONICS, HARMONICS + 1, device=coords.device)
-    turns = (coords[..., None] + 1) * (math.pi * n) * k  # (B, N, 2, k)
-    y, x = torch.polar(torch.ones_like(turns), turns).unbind(2)
-    waves = (y[..., :, None] * x[..., None, :]).flatten(2).flatten(0, 1)  # (B*N, k*k)
+    turns = (coords[:, inner, inner, :, None] + 1) * (math.pi * n) * k  # (B, s - 2, s - 2, 2, k)
+    y, x = torch.polar(torch.ones_like(turns), turns).unbind(-2)
+    waves = (y[..., :, None] * x[..., None, :]).flatten(0, 2).flatten(1)  # (B*(s - 2)**2, k*k)
     waves = waves[:, : len(k) ** 2 // 2]  # without the constant, and one of each conjugate pair
-    mean = waves.mT @ residual.flatten(0, 1).to(waves) / len(waves)  # (waves, 3)
+    mean = waves.mT @ error.to(waves) / len(waves)  # (waves, 6)
     return mean.abs().square().sum(dim=1).mean()
+
+
+def _laplacian(image: Tensor) -> Tensor:
+    """Four times each inner pixel less its neighbours, (..., s, s) -> (..., s - 2, s - 2)."""
+    rows = 2 * image[..., 1:-1, :] - image[..., :-2, :] - image[..., 2:, :]
+    cols = 2 * image[..., :, 1:-1] - image[..., :, :-2] - image[..., :, 2:]
+    return rows[..., 1:-1] + cols[..., 1:-1, :]
 
 
 def _perceptual(preset: Preset, rgb: Tensor, target: Tensor) -> Tensor | float:

@@ -546,21 +546,25 @@ def test_a_loss_that_is_not_finite_stops_the_training():
 
 
 def test_the_lattice_loss_sees_errors_that_repeat_with_the_latent_pixel():
-    """Dots in one of 8 x 8 places are seen; as many elsewhere are not."""
-    coords = grid((64, 64)).view(1, -1, 2)
+    """Dots and dashes in one of 8 x 8 places are seen; as many elsewhere are not."""
+    coords, texture = grid((66, 66))[None] * (66 / 64), torch.Generator().manual_seed(0)
+    target = torch.randn(1, 3, 66, 66, generator=texture)
 
-    def loss(residual: torch.Tensor) -> torch.Tensor:
-        return first_stage._lattice(residual.reshape(1, -1, 1).expand(-1, -1, 3), coords, 8)
+    def loss(error: torch.Tensor) -> torch.Tensor:
+        rgb = target + nn.functional.pad(error, (1, 1, 1, 1))
+        return first_stage._lattice(rgb, target, coords, 8)
 
-    dots = torch.zeros(64, 64)
-    dots[5::8, 3::8] = 0.1
-    # Each of 3 channels has the coefficient 0.1 / 64 at every frequency.
-    torch.testing.assert_close(loss(dots), torch.tensor(3 * (0.1 / 64) ** 2))
-    places = torch.randperm(64 * 64, generator=torch.Generator().manual_seed(0))
-    assert loss(dots.flatten()[places]) < loss(dots) / 10
-    assert loss(torch.ones(64, 64)) < 1e-9  # a tint
-    gradient = torch.func.grad(loss)(dots)
-    assert gradient[5::8, 3::8].min() > 10 * gradient.mean()
+    places = torch.randperm(64 * 64, generator=texture)
+    signs = torch.randn(8, 8, generator=texture).sign()
+    for heights in (torch.ones(8, 8), signs - signs.mean()):
+        dots = torch.zeros(64, 64)
+        dots[5::8, 3::8] = 3 * heights
+        assert loss(dots.flatten()[places].view(64, 64)) < loss(dots) / 5
+    assert loss(torch.zeros(64, 64)) == 0
+    # Of smooth windows' colours alone: three channels, with 1 / 64 at each frequency.
+    wave = (torch.arange(66) * (math.pi / 4)).cos().expand(1, 3, 66, 66)
+    error = first_stage._lattice(wave, torch.zeros_like(wave), coords, 8)
+    assert error > 3 * 0.5**2 / 40  # a cosine is one coefficient of a half, of 40
 
 
 def test_a_share_of_the_crops_is_flat():
