@@ -85,7 +85,7 @@ class Preset:
     # losses
     kl_weight: float = 1e-6  # of the posterior's divergence, while the encoder is trained
     lpips_weight: float = 0.0  # of LPIPS beside L1; wants `crop`
-    lattice_weight: float = 0.0  # of errors that repeat with each latent pixel; wants `crop`
+    lattice_weight: float = 0.0  # of patterns that repeat with each latent pixel; wants `crop`
     crop: int = 0  # side of a window of LIIF's targets, beside scattered points; 0: none
     flat: float = 0.0  # share of random crops that are reduced to their mean colour
     prediction: str = "eps"  # what the denoiser's output is: the noise ("eps") or the velocity "v"
@@ -242,7 +242,7 @@ def cats() -> Preset:
         diffusion_lr=1e-3,
         alignment_lr=2e-5,
         lpips_weight=0.25,
-        lattice_weight=1000.0,
+        lattice_weight=100.0,
         crop=64,
         prediction="v",
     )
@@ -266,7 +266,7 @@ def photos() -> Preset:
         first_stage_lr=1e-3,
         kl_weight=1e-4,
         lpips_weight=0.25,
-        lattice_weight=1000.0,
+        lattice_weight=100.0,
         crop=64,
         flat=0.125,
         prediction="v",

@@ -338,30 +338,34 @@ def _points(size: int, crop: int, n: int, generator: torch.Generator) -> Tensor:
     return torch.stack(windows).flatten(1, 2)
 
 
-def _lattice(rgb: Tensor, target: Tensor, coords: Tensor, n: int) -> Tensor:
-    """Energy of the errors of windows (B, 3, s, s) that repeat with each of n x n latent pixels.
+def _lattice(rgb: Tensor, target: Tensor, coords: Tensor, n: int) -> Tensor | float:
+    """Energy of what repeats with each of n x n latent pixels in windows (B, 3, s, s).
 
-    LPIPS takes dots and dashes at one place of every latent pixel for texture. Both the colour and
-    the sharpness, the absolute value of the Laplacian, are compared with the ground truth. The mean
-    error as a function of the place in the latent pixel has its Fourier coefficients at the grid's
-    frequency and the harmonics of that. `coords` (B, s, s, 2) are the pixels' centres.
+    LPIPS takes dots and dashes at one place of every latent pixel for texture. Neither the colour's
+    error nor the sharpness, the absolute value of the Laplacian, should depend on the place in the
+    latent pixel: their means over the batch as functions of that place are given by their Fourier
+    coefficients at the grid's frequency and its harmonics. `coords` (B, s, s, 2) are the pixels'
+    centres.
     """
+    period = 2 / n / float(coords[0, 1, 0, 0] - coords[0, 0, 0, 0])  # in pixels
+    most = min(HARMONICS, int(period / 2 + 1e-3))  # as far as pixels can tell
+    if not most:
+        return 0.0
     inner = slice(1, -1)
-    ours, true = (
-        torch.cat([x[..., inner, inner], _laplacian(x).abs()], dim=1) for x in (rgb, target)
-    )
-    error = (ours - true).movedim(1, -1).flatten(0, -2)  # (B*(s - 2)**2, 6)
-    k = torch.arange(-HARMONICS, HARMONICS + 1, device=coords.device)
+    both = torch.cat([(rgb - target)[..., inner, inner], _laplacian(rgb).abs()], dim=1)
+    both = both - both.mean(dim=(2, 3), keepdim=True)
+    both = both.movedim(1, -1).flatten(0, -2)  # (B*(s - 2)**2, 6)
+    k = torch.arange(-most, most + 1, device=coords.device)
     turns = (coords[:, inner, inner, :, None] + 1) * (math.pi * n) * k  # (B, s - 2, s - 2, 2, k)
     y, x = torch.polar(torch.ones_like(turns), turns).unbind(-2)
     waves = (y[..., :, None] * x[..., None, :]).flatten(0, 2).flatten(1)  # (B*(s - 2)**2, k*k)
     waves = waves[:, : len(k) ** 2 // 2]  # without the constant, and one of each conjugate pair
-    mean = waves.mT @ error.to(waves) / len(waves)  # (waves, 6)
-    return mean.abs().square().sum(dim=1).mean()
+    mean = waves.mT @ both.to(waves) / len(waves)  # (waves, 6)
+    return mean.abs().square().sum()
 
 
 def _laplacian(image: Tensor) -> Tensor:
-    """Four times each inner pixel less its neighbours, (..., s, s) -> (..., s - 2, s - 2)."""
+    """Four times each inner pixel less its neighbours: (..., s, s) -> (..., s - 2, s - 2)."""
     rows = 2 * image[..., 1:-1, :] - image[..., :-2, :] - image[..., 2:, :]
     cols = 2 * image[..., :, 1:-1] - image[..., :, :-2] - image[..., :, 2:]
     return rows[..., 1:-1] + cols[..., 1:-1, :]
