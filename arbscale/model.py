@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 """`progress(done, total)` after each denoising step of the whole job."""
 
 OVERLAP = 12  # input pixels that neighbouring tiles share, at most a quarter of a tile
-BORDER = 4  # latent pixels by which an image is continued while it is denoised
+BORDER = 4  # latent pixels by which tiles reach beyond an image
 LARGEST = 2**25  # bytes of the encoder's widest activation of a tile, in float32
 
 
@@ -213,11 +213,15 @@ class ArbitraryScaleModel(nn.Module):
         return like(self.paint(low, size, latents, kind, dtype), image, alpha)
 
     def tiles(self, size: Size, side: int | None = None) -> list[Tile]:
-        """Cut an input of `size` into tiles; `side` in its pixels, by default as for `upscale`."""
+        """Cut an input of `size` into tiles; `side` in its pixels, by default as for `upscale`.
+
+        They reach beyond the input, so that the frame which the networks draw, where what they see
+        ends, lies outside the image.
+        """
         p = self.preset
         wide = 4 * p.channels * p.image_size**2 / p.low_size**2  # bytes per pixel of the input
         side = side or max(2 * p.low_size, math.isqrt(int(LARGEST / wide)))
-        return list(tiles(size, side, overlap=min(OVERLAP, side // 4)))
+        return list(tiles(size, side, min(OVERLAP, side // 4), math.ceil(BORDER / self.zoom)))
 
     @property
     def zoom(self) -> float:
@@ -232,20 +236,12 @@ class ArbitraryScaleModel(nn.Module):
         progress: Progress | None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Return the unscaled latent (1, c, h', w') of an image (3, h, w), tile by tile.
-
-        The outermost pixels are repeated around the image, so that the frame which the networks
-        draw where their input ends lies outside it.
-        """
-        whole, border = Tile(0, 0, *low.shape[-2:], 0, 0), math.ceil(BORDER / self.zoom)
-        rows, cols = (torch.arange(-border, n + border).clamp(0, n - 1) for n in low.shape[-2:])
-        outer = low[:, rows][:, :, cols]
+        """Return the unscaled latent (1, c, h', w') of all tiles of an image (3, h, w)."""
         conditions, denoisers = [], []
         for span in spans:
-            wider = span.widened(border, low.shape[-2:])
-            place = wider.latent(self.zoom)
+            place = span.latent(self.zoom)
             grid = tuple(part.stop - part.start for part in place[1:])
-            part = as_floats(wider.cut(outer))[None].to(self.device)
+            part = as_floats(span.cut(low))[None].to(self.device)
             part = part.contiguous(memory_format=torch.channels_last)  # convolutions are faster
             with computing(self.device, dtype):
                 condition = self.condition(part, grid).float()
@@ -257,9 +253,7 @@ class ArbitraryScaleModel(nn.Module):
         noise = noise_field(sampling.seed, self.preset.latent_channels, (0, 0), size)[None]
         guess = blend(conditions, noise.to(self.device))
         generator = sampling.generator("injected noise")
-        z = self._sample(denoise, noise, sampling, generator, guess=guess)
-        first = round(border * self.zoom)
-        return z[..., first:, first:][whole.latent(self.zoom)]
+        return self._sample(denoise, noise, sampling, generator, guess=guess)
 
     def paint(
         self,

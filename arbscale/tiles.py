@@ -35,7 +35,11 @@ NOISE_BLOCK = 32  # latent pixels per side that share one stream of random numbe
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangle of the input, and how far it overlaps the tiles above and to its left."""
+    """A rectangle of the input, and how far it overlaps the tiles above and to its left.
+
+    Rows and columns are counted from `border` pixels outside the input, which is continued there by
+    its outermost pixels.
+    """
 
     top: int
     left: int
@@ -43,20 +47,16 @@ class Tile:
     right: int
     over_top: int
     over_left: int
+    border: int = 0
 
     def cut(self, image: Tensor) -> Tensor:
         """Return the tile's part of the input (..., h, w)."""
-        return image[..., self.top : self.bottom, self.left : self.right]
-
-    def widened(self, border: int, size: Size) -> Tile:
-        """Return the tile in an input that is continued by `border` pixels on all sides.
-
-        At the sides of the input, whose `size` was (h, w), the tile reaches to the new ones.
-        """
-        ends = (self.bottom, size[0]), (self.right, size[1])
-        bottom, right = (end + border * (2 if end == last else 1) for end, last in ends)
-        top, left = (start and start + border for start in (self.top, self.left))
-        return Tile(top, left, bottom, right, self.over_top, self.over_left)
+        spans = (self.top, self.bottom), (self.left, self.right)
+        rows, cols = (
+            (torch.arange(*span, device=image.device) - self.border).clamp(0, n - 1)
+            for span, n in zip(spans, image.shape[-2:], strict=True)
+        )
+        return image.index_select(-2, rows).index_select(-1, cols)
 
     def latent(self, zoom: float) -> Place:
         """Return where the tile lies in the latent, `zoom` latent pixels per input pixel."""
@@ -81,7 +81,7 @@ class Tile:
         for low, high, n, total in zip(
             (self.top, self.left), (self.bottom, self.right), low_size, size, strict=True
         ):
-            centres = (torch.arange(total, dtype=torch.float64) + 0.5) * (n / total)
+            centres = (torch.arange(total, dtype=torch.float64) + 0.5) * (n / total) + self.border
             inside = (centres >= low) & (centres < high)
             axes.append(((centres[inside] - low) * (2 / (high - low)) - 1).float())
             starts.append(int(inside.float().argmax()))
@@ -94,17 +94,17 @@ def as_floats(image: Tensor) -> Tensor:
     return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image
 
 
-def tiles(size: Size, side: int, overlap: int) -> Iterator[Tile]:
+def tiles(size: Size, side: int, overlap: int, border: int = 0) -> Iterator[Tile]:
     """Cover an image of `size` with tiles of at most `side`, overlapping by at least `overlap`.
 
-    Raises ValueError unless 0 <= overlap < side.
+    They cover `border` pixels more on each side. ValueError unless 0 <= overlap < side.
     """
     if not 0 <= overlap < side:
         raise InputError(f"a tile of {side} px cannot overlap by {overlap} px; take a larger tile")
-    rows, cols = (_spans(n, side, overlap) for n in size)
+    rows, cols = (_spans(n + 2 * border, side, overlap) for n in size)
     for top, bottom, over_top in rows:
         for left, right, over_left in cols:
-            yield Tile(top, left, bottom, right, over_top, over_left)
+            yield Tile(top, left, bottom, right, over_top, over_left, border)
 
 
 def _spans(n: int, side: int, overlap: int) -> list[tuple[int, int, int]]:

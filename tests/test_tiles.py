@@ -312,14 +312,21 @@ def test_paint_corrects_what_is_decoded_by_two_rounds():
     torch.testing.assert_close(painted, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(5, 9), (23, 40)])
-def test_widened_tiles_cover_the_continued_image_and_keep_their_overlaps(size):
-    found = [tile.widened(3, size) for tile in tiles(size, 10, 4)]
-    covered = torch.zeros(size[0] + 6, size[1] + 6)
-    for tile in found:
-        tile.cut(covered).add_(1)
-    assert covered.min() == 1 and found[-1].bottom == size[0] + 6 and found[-1].right == size[1] + 6
-    inner = torch.zeros(size)
-    for tile in tiles(size, 10, 4):
-        tile.cut(inner).add_(1)
-    assert torch.equal(covered[3:-3, 3:-3], inner)
+def test_tiles_with_a_border_continue_the_image_by_its_outermost_pixels():
+    image = torch.arange(1.0, 5 * 9 + 1).view(1, 5, 9)
+    wider = torch.nn.functional.pad(image[None], (3,) * 4, mode="replicate")[0]
+    out = torch.zeros_like(wider)
+    for tile in tiles((5, 9), 8, 4, border=3):
+        out[tile.latent(1)] = tile.cut(image)
+    assert torch.equal(out, wider)
+
+
+@pytest.mark.parametrize("size", [(5, 9), (13, 22)])
+def test_a_border_moves_no_pixel(size):
+    (plain,) = tiles((5, 9), 20, 4)
+    (wider,) = tiles((5, 9), 20, 4, border=3)
+    (window, y, x, cells), found = plain.axes((5, 9), size), wider.axes((5, 9), size)
+    assert found[0] == window
+    torch.testing.assert_close(found[1], y * 5 / 11)
+    torch.testing.assert_close(found[2], x * 9 / 15)
+    torch.testing.assert_close(found[3], cells * torch.tensor([5 / 11, 9 / 15]))

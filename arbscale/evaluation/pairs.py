@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 
 import torch
 from torch import Tensor
@@ -105,8 +105,8 @@ def upscaling_rows(
     size = tuple(high.shape[-2:])
 
     def encoded(span: Tile) -> Tensor:
-        wanted = span.latent(factor)  # pixels of the encoder's input
-        return model.first_stage.encode(given[wanted].to(model.device))
+        sides = (factor * n for n in astuple(span))  # in pixels of the encoder's input
+        return model.first_stage.encode(Tile(*sides).cut(given).to(model.device))
 
     encodings = ((span, encoded(span)) for span in model.tiles(low.shape[-2:]))
     bicubic = resize(low, size)

@@ -76,7 +76,8 @@ class Enlarged:
         """Render the window alone, from the tiles that it meets."""
         out = torch.zeros(3, *window[2:])
         for tile in self.model.tiles(self.base):
-            spans = (tile.top, tile.bottom), (tile.left, tile.right)
+            edges = (tile.top, tile.bottom), (tile.left, tile.right)
+            spans = [(low - tile.border, high - tile.border) for low, high in edges]
             places = [
                 _inside(*span, *axis)
                 for span, *axis in zip(spans, self.base, size, window[:2], window[2:], strict=True)
