@@ -87,7 +87,6 @@ class Preset:
     lpips_weight: float = 0.0  # of LPIPS beside L1; wants `crop`
     lattice_weight: float = 0.0  # of patterns that repeat with each latent pixel; wants `crop`
     crop: int = 0  # side of a window of LIIF's targets, beside scattered points; 0: none
-    flat: float = 0.0  # share of random crops that are reduced to their mean colour
     prediction: str = "eps"  # what the denoiser's output is: the noise ("eps") or the velocity "v"
 
     def __post_init__(self) -> None:
@@ -107,8 +106,6 @@ class Preset:
             raise InputError(f"LPIPS takes crop, image_size, target_sizes from 32 px, got {sides}")
         if self.lattice_weight and not self.crop:
             raise InputError("lattice_weight is a weight of windows; set crop to their side")
-        if self.flat > 1:
-            raise InputError(f"flat is a share of all crops, from 0 to 1, got {self.flat}")
 
     @property
     def factor(self) -> int:
@@ -254,9 +251,6 @@ def photos() -> Preset:
         "photos",
         latent_channels=8,
         posterior=True,
-        padding="replicate",
-        head="interpolated",
-        finer=2,
         unet_blocks=1,
         beta_end=0.0155,
         image_size=96,
@@ -266,9 +260,7 @@ def photos() -> Preset:
         first_stage_lr=1e-3,
         kl_weight=1e-4,
         lpips_weight=0.25,
-        lattice_weight=100.0,
-        crop=64,
-        flat=0.125,
+        crop=40,
         prediction="v",
     )
 
