@@ -28,9 +28,9 @@ CONDA_NAMES = {"matplotlib": "matplotlib-base", "torch": "pytorch-cpu"}
 # What surely is there. prdc and torch-fidelity 0.4 were not found, and lpips brings OpenCV along.
 CONDA_FORGE = set(
     "accelerate anywidget diffusers editables hatchling ipywidgets jupyterlab matplotlib-base "
-    "nbval notebook numpy packaging pillow pip pooch pytest pytest-cov python pytorch-cpu pyyaml "
-    "ruff safetensors scikit-image selenium tensorboard tifffile torchvision tqdm tyro "
-    "voila".split()
+    "nbval notebook numpy packaging pillow pip pooch pytest pytest-cov pytest-xdist python "
+    "pytorch-cpu pyyaml ruff safetensors scikit-image selenium tensorboard tifffile torchvision "
+    "tqdm tyro voila".split()
 )
 SUPPORTED = SpecifierSet(PROJECT["requires-python"])
 PYTHONS = [f"3.{minor}" for minor in range(30) if f"3.{minor}.9" in SUPPORTED]
