@@ -222,10 +222,9 @@ def show_plot(text: str = "") -> None:
 
 def _describe(pictures: list[Any], titles: list[str]) -> str:
     sizes = dict.fromkeys("{1} × {0}".format(*picture.size) for picture in pictures)
-    names = ", ".join(title for title in titles if title)
-    return f"{len(pictures)} image{'s' * (len(pictures) > 1)}, {', '.join(sizes)}: {names}".rstrip(
-        ": "
-    )
+    names = ", ".join(filter(None, titles))
+    what = f"{len(pictures)} image{'s' * (len(pictures) > 1)}, {', '.join(sizes)}"
+    return f"{what}: {names}" if names else what
 
 
 def _display(image: Any, text: str) -> None:
