@@ -172,7 +172,7 @@ class Encoder(nn.Module):
         self.stem = _conv(3, channels, 3, padding=1)
         attention = [i in attention_levels for i in range(len(widths))]
         self.levels = _levels([channels, *widths], blocks, attention, groups)
-        self.downs = nn.ModuleList([*map(Downsample, widths[:-1]), nn.Identity()])
+        self.downs = nn.ModuleList(map(Downsample, widths[:-1]))
         self.middle = _middle(widths[-1], groups)
         self.norm = _norm(widths[-1], groups)
         self.conv = _conv(widths[-1], out_channels, 3, padding=1)
@@ -182,8 +182,10 @@ class Encoder(nn.Module):
         """Encode images whose sides are multiples of `factor`; ValueError otherwise."""
         _check_sides(image, self.factor)
         h = self.stem(image)  # (B, channels, H, W)
-        for level, down in zip(self.levels, self.downs, strict=True):
-            h = down(level(h))  # (B, width, H / 2**(i+1), W / 2**(i+1)), halved but at the last
+        for i, level in enumerate(self.levels):
+            h = level(h)
+            if i < len(self.downs):
+                h = self.downs[i](h)  # (B, width, H / 2**(i+1), W / 2**(i+1))
         h = self.conv(F.silu(self.norm(self.middle(h))))  # (B, c or 2c, H/f, W/f)
         return self.head(h)
 
@@ -236,16 +238,17 @@ class Decoder(SymmetricDecoder):
         self, channels: int = 128, multipliers: tuple[int, ...] = (1, 2, 4), *rest: Any, **more: Any
     ):
         super().__init__(channels, multipliers, *rest, **more)
-        ups = (Upsample(channels * m) for m in reversed(multipliers[1:]))
-        self.ups = nn.ModuleList([*ups, nn.Identity()])
+        self.ups = nn.ModuleList(Upsample(channels * m) for m in reversed(multipliers[1:]))
         self.norm = _norm(channels * multipliers[0], self.middle[0].norm1.num_groups)
         self.conv = _conv(channels * multipliers[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """Decode to the one size that the encoder came from."""
         h = self.middle(self.stem(z))
-        for level, up in zip(self.levels, self.ups, strict=True):
-            h = up(level(h))  # (B, width, 2**(i+1) h, 2**(i+1) w), doubled but at the last
+        for i, level in enumerate(self.levels):
+            h = level(h)
+            if i < len(self.ups):
+                h = self.ups[i](h)  # (B, width, 2**(i+1) h, 2**(i+1) w)
         return self.conv(F.silu(self.norm(h)))
 
 

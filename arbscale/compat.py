@@ -302,7 +302,8 @@ def _encoder_pairs(encoder: Encoder) -> Pairs:
     yield "conv_in", "stem"
     for i, level in enumerate(encoder.levels):
         yield from _level_pairs(level, f"down.{i}", f"levels.{i}")
-        yield f"down.{i}.downsample.conv", f"downs.{i}.conv"  # the last level has none
+        if i < len(encoder.downs):
+            yield f"down.{i}.downsample.conv", f"downs.{i}.conv"
     yield from _middle_pairs()
     yield "norm_out", "norm"
     yield "conv_out", "conv"
