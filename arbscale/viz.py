@@ -28,14 +28,11 @@ def _pictures(images: Images) -> list[Any]:
     """Return one image, a batch or a list of images as PIL images; ValueError if there is none."""
     from arbscale.data import to_pil
 
-    pictures = [to_pil(x) for x in ([images] if _is_one(images) else images)]
+    one = isinstance(images, Tensor) and images.ndim == 3
+    pictures = [to_pil(image) for image in ([images] if one else images)]
     if not pictures:
         raise InputError("there is no image to show; pass at least one tensor (3, H, W)")
     return pictures
-
-
-def _is_one(images: Images) -> bool:
-    return isinstance(images, Tensor) and images.ndim == 3
 
 
 def _labels(labels: Sequence[Any] | None, n: int) -> list[str]:

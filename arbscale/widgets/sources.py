@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -327,17 +327,12 @@ def rendered_png(source: Source, size: Size, window: Window, progress: Progress)
     from arbscale.data import to_uint8
 
     out = np.empty((window[2], window[3], 3), "uint8")
-    for rows in _strips(window):
-        strip = source.render(size, (window[0] + rows.start, window[1], len(rows), window[3]))
-        out[rows.start : rows.stop] = to_uint8(strip).permute(1, 2, 0).numpy()
-        progress(rows.stop, window[2])
+    step = max(1, STRIP // window[3])
+    for start in range(0, window[2], step):
+        stop = min(start + step, window[2])
+        strip = source.render(size, (window[0] + start, window[1], stop - start, window[3]))
+        out[start:stop] = to_uint8(strip).permute(1, 2, 0).numpy()
+        progress(stop, window[2])
     buffer = io.BytesIO()
     Image.fromarray(out).save(buffer, "png")
     return buffer.getvalue()
-
-
-def _strips(window: Window) -> Iterator[range]:
-    """Cut the rows of a window into strips of about `STRIP` pixels."""
-    height = max(1, STRIP // window[3])
-    for start in range(0, window[2], height):
-        yield range(start, min(start + height, window[2]))
