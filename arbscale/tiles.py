@@ -240,10 +240,7 @@ def _features(
 
 
 def _decoded(
-    liif: LIIF | InterpolatedLIIF,
-    low: Tensor,
-    size: Size,
-    tiles: Iterable[tuple[Tile, Tensor]],
+    liif: LIIF | InterpolatedLIIF, low: Tensor, size: Size, tiles: Iterable[tuple[Tile, Tensor]]
 ) -> Iterator[Tensor]:
     """Yield the image of tiles with their features, in bands (3, rows, width), from the top."""
     band, first = torch.empty(3, 0, size[1], device=low.device), 0  # painted from row `first` on
