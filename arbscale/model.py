@@ -47,20 +47,10 @@ def pick_device() -> torch.device:
 class ArbitraryScaleModel(nn.Module):
     """First stage, denoiser and schedule, built from a preset; untrained until loaded or trained.
 
-    Its weights are float32. Its methods run without autograd; its parts are differentiable, as the
-    alignment of the denoiser with the decoder needs.
-
-    Attributes
-    ----------
-    preset
-        Every number of the model.
-    first_stage, denoiser, schedule
-        The parts.
-    scale_factor
-        1 / std(z) on training data; the diffusion works on `z * scale_factor`.
-    manifest
-        What is known of the weights: data, training command, licence.
-
+    Its weights are float32. Its methods run without autograd; its parts `first_stage`, `denoiser`
+    and `schedule` are differentiable, as the alignment of the denoiser with the decoder needs.
+    `scale_factor` is 1 / std(z) on training data: the diffusion works on `z * scale_factor`.
+    `manifest` holds what is known of the weights: data, training command, licence.
     """
 
     def __init__(self, preset: Preset, scale_factor: float = 1.0, manifest: dict | None = None):
