@@ -376,10 +376,9 @@ def _positive(scale_factor: Any) -> float:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leave tensors as they are where modules draw them at random."""
+    """Leave tensors as they are where modules draw them: on the meta device that takes seconds."""
 
     def __torch_function__(self, func: Any, _: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        """Skip what takes seconds on the meta device: an import of 900 modules."""
         return args[0] if func == Tensor.normal_ else func(*args, **(kwargs or {}))
 
 
