@@ -309,7 +309,7 @@ def check_features(a: Tensor, b: Tensor, least: int = 1) -> tuple[Tensor, Tensor
         if x.ndim != 2 or not x.is_floating_point() or len(x) < least or not x.isfinite().all():
             found = f"{x.dtype} {tuple(x.shape)}"
             raise InputError(
-                f"expected finite features (N, D) of {least} images or more, got {found}"
+                f"expected features (N, D) of {least} images or more, no NaN, got {found}"
             )
     if a.shape[1] != b.shape[1]:
         raise InputError(f"expected features of one network, got {a.shape[1]} and {b.shape[1]}")
