@@ -59,7 +59,7 @@ def check_fid(images: int, allow_few: bool) -> None:
         return
     if not allow_few:
         wanted = f"{FID_LEAST} images in each set, got {images}"
-        raise InputError(f"FID needs {wanted}; take more, or allow few (--allow-few)")
+        raise InputError(f"FID needs {wanted}; take more, or --allow-few (allow_few=True)")
     warnings.warn(f"FID over {images} images is biased upwards", stacklevel=3)
 
 
