@@ -66,10 +66,8 @@ class TokenBlock(nn.Module):
     def __init__(self, width: int, head_channels: int):
         super().__init__()
         if width % head_channels or head_channels % 4:
-            found = f"{head_channels} and {width}"
-            raise InputError(
-                f"head_channels is a multiple of 4 that divides the width, got {found}"
-            )
+            found = f"{width} and {head_channels}"
+            raise InputError(f"width is a multiple of head_channels, and that of 4, got {found}")
         self.heads = width // head_channels
         hidden = 8 * width // 3 // 8 * 8  # as many weights as an ungated MLP of four widths has
         self.modulation = nn.Parameter(torch.zeros(6, width))

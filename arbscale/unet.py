@@ -93,8 +93,8 @@ class Attention(nn.Module):
     def __init__(self, channels: int, head_channels: int):
         super().__init__()
         if channels % head_channels:
-            found = f"{head_channels} and {channels}"
-            raise InputError(f"head_channels must divide the attention's width, got {found}")
+            found = f"{channels} and {head_channels}"
+            raise InputError(f"attention's width is a multiple of head_channels, got {found}")
         self.heads = channels // head_channels
         self.norm = nn.GroupNorm(32, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
