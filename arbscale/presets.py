@@ -378,12 +378,8 @@ def build_denoiser(preset: Preset) -> UNet | TransformerDenoiser:
     tokens = p.transformer_width, p.transformer_blocks, p.merge, p.head_channels
     if p.denoiser == "transformer":
         return TransformerDenoiser(*channels, *tokens)
-    middle = None
-    if p.denoiser == "unet_transformer":
-
-        def middle(*sizes: int) -> LatentTransformer:
-            return LatentTransformer(*sizes, *tokens)
-
+    mixed = p.denoiser == "unet_transformer"
+    middle = (lambda *sizes: LatentTransformer(*sizes, *tokens)) if mixed else None
     levels = p.unet_channels, p.unet_multipliers, p.unet_blocks, p.unet_attention_levels
     return UNet(*channels, *levels, p.head_channels, middle)
 
