@@ -4,6 +4,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 NOTEBOOKS = $(sort $(wildcard notebooks/*.ipynb))
+# Two processes of one thread each; for more:  make test ARGS="-n 8"
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 # An environment that the caller has activated must not affect the build.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
@@ -18,11 +20,12 @@ demo: .venv/.ready  ## generate and up-sample with the shipped weights; writes o
 	$(PY) -m arbscale demo $(ARGS)
 
 quick: .venv/.ready  ## run all tests but the slow ones, in a minute or two
-	$(PY) -m pytest tests -m "not slow and not browser" $(ARGS)
+	$(PYTEST) --dist worksteal tests -m "not slow and not browser" $(ARGS)
 
 test: .venv/.ready  ## run all tests with coverage, then every notebook against its saved outputs
-	$(PY) -m pytest tests -m "not browser" --cov --cov-report=term-missing:skip-covered $(ARGS)
-	$(PY) -m pytest --nbval notebooks
+	$(PYTEST) --dist worksteal tests -m "not browser" --cov \
+		--cov-report=term-missing:skip-covered $(ARGS)
+	$(PYTEST) --dist loadfile --nbval notebooks
 
 browser: .venv/.ready  ## run all tests in Chromium, every notebook in JupyterLab too, and measure
 	$(PY) -m pytest tests/browser $(ARGS)

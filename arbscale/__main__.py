@@ -202,7 +202,10 @@ def upscale(
                     left_out.append(str(source))
                     bar.write(f"left out: {error}", file=sys.stderr)
                 else:
-                    shown = _shown_by(bar, i)
+
+                    def shown(done: int, total: int, before: int = i) -> None:
+                        bar.update(before + done / total - bar.n)
+
                     large = loaded.upscale(low, size=to_size, **options, progress=shown)
                     output_files.write_image(large, target, quality, exif)
                     if finished:
@@ -286,11 +289,6 @@ def download(
     for folder in downloads.download(name, output):
         print(f"{folder} is complete")
     print(downloads.TERMS[name])
-
-
-def _shown_by(bar: tqdm, before: int) -> Any:
-    """Return a `progress(done, total)` of one image for a bar of several; `before` are done."""
-    return lambda done, total: bar.update(before + done / total - bar.n)
 
 
 def _check_output(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from arbscale.coords import Size, Window, check_size, check_window
 from arbscale.liif import LIIF, InterpolatedLIIF
 from arbscale.store import InputError, StateError
-from arbscale.unet import attend
+from arbscale.unet import attend, zeroed
 
 EPS = 1e-6  # of group normalisation in the first stage
 
@@ -55,11 +55,9 @@ class ResidualBlock(nn.Module):
         self.norm1 = _norm(in_channels, groups)
         self.conv1 = _conv(in_channels, out_channels, 3, **options)
         self.norm2 = _norm(out_channels, groups)
-        self.conv2 = _conv(out_channels, out_channels, 3, **options)
+        self.conv2 = zeroed(_conv(out_channels, out_channels, 3, **options))
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else _conv(in_channels, out_channels, 1)
-        nn.init.zeros_(self.conv2.weight)  # starts as the identity (or `skip`): trains faster
-        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the block's correction to a (possibly projected) copy of the input."""
@@ -76,9 +74,8 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int = 32):
         super().__init__()
         self.norm = _norm(channels, groups)
-        self.q, self.k, self.v, self.out = (_conv(channels, channels, 1) for _ in range(4))
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.q, self.k, self.v, out = (_conv(channels, channels, 1) for _ in range(4))
+        self.out = zeroed(out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Let every position read from every other one."""
@@ -113,17 +110,18 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _level(
-    in_channels: int, out_channels: int, blocks: int, attention: bool, groups: int, padding: str
-) -> nn.Sequential:
-    """`blocks` residual blocks, each followed by attention where asked."""
-    layers: list[nn.Module] = []
-    for i in range(blocks):
-        before = in_channels if i == 0 else out_channels
-        layers.append(ResidualBlock(before, out_channels, groups, padding))
-        if attention:
-            layers.append(Attention(out_channels, groups))
-    return nn.Sequential(*layers)
+def _levels(
+    widths: list[int], blocks: int, attention: list[bool], groups: int, padding: str = "zeros"
+) -> nn.ModuleList:
+    """Make levels of `blocks` residual blocks, from each width to the next, some with attention."""
+    levels = nn.ModuleList()
+    for before, width, attends in zip(widths, widths[1:], attention, strict=False):
+        levels.append(nn.Sequential())
+        for i in range(blocks):
+            levels[-1].append(ResidualBlock(width if i else before, width, groups, padding))
+            if attends:
+                levels[-1].append(Attention(width, groups))
+    return levels
 
 
 def _middle(channels: int, groups: int, padding: str = "zeros") -> nn.Sequential:
@@ -172,11 +170,9 @@ class Encoder(nn.Module):
         out_channels = latent_channels * (2 if posterior else 1)
         self.factor = 2 ** (len(widths) - 1)
         self.stem = _conv(3, channels, 3, padding=1)
-        self.levels = nn.ModuleList(
-            _level(before, width, blocks, i in attention_levels, groups, "zeros")
-            for i, (before, width) in enumerate(zip([channels, *widths], widths, strict=False))
-        )
-        self.downs = nn.ModuleList(Downsample(width) for width in widths[:-1])
+        attention = [i in attention_levels for i in range(len(widths))]
+        self.levels = _levels([channels, *widths], blocks, attention, groups)
+        self.downs = nn.ModuleList(map(Downsample, widths[:-1]))
         self.middle = _middle(widths[-1], groups)
         self.norm = _norm(widths[-1], groups)
         self.conv = _conv(widths[-1], out_channels, 3, padding=1)
@@ -220,11 +216,8 @@ class SymmetricDecoder(nn.Module):
             _conv(latent_channels, widths[0], 3, padding=1, padding_mode=padding),
         )
         self.middle = _middle(widths[0], groups, padding)
-        last = len(widths) - 1
-        self.levels = nn.ModuleList(
-            _level(before, width, blocks + 1, last - i in attention_levels, groups, padding)
-            for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
-        )
+        attention = [i in attention_levels for i in reversed(range(len(widths)))]
+        self.levels = _levels([widths[0], *widths], blocks + 1, attention, groups, padding)
 
     def forward(self, z: Tensor) -> Tensor:
         """Compute the features once; LIIF renders them as often as wished."""
@@ -242,13 +235,9 @@ class Decoder(SymmetricDecoder):
     """
 
     def __init__(
-        self,
-        channels: int = 128,
-        multipliers: tuple[int, ...] = (1, 2, 4),
-        *args: Any,
-        **options: Any,
+        self, channels: int = 128, multipliers: tuple[int, ...] = (1, 2, 4), *rest: Any, **more: Any
     ):
-        super().__init__(channels, multipliers, *args, **options)
+        super().__init__(channels, multipliers, *rest, **more)
         self.ups = nn.ModuleList(Upsample(channels * m) for m in reversed(multipliers[1:]))
         self.norm = _norm(channels * multipliers[0], self.middle[0].norm1.num_groups)
         self.conv = _conv(channels * multipliers[0], 3, 3, padding=1)
@@ -269,8 +258,7 @@ class TinyBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         first, second, third = (_conv(channels, channels, 3, padding=1) for _ in range(3))
-        self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
-        nn.init.zeros_(third.weight)  # starts as the identity: trains faster
+        self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), zeroed(third))
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the block's correction, and cut below zero."""
@@ -320,7 +308,7 @@ class TinyDecoder(nn.Module):
 
 def _check_sides(image: Tensor, factor: int) -> None:
     if image.shape[-2] % factor or image.shape[-1] % factor:
-        size = f"{image.shape[-2]} x {image.shape[-1]}"
+        size = "{} x {}".format(*image.shape[-2:])
         raise InputError(f"the encoder takes sides that are multiples of {factor}, got {size}")
 
 

@@ -253,17 +253,18 @@ def unet_from_reference(config: dict, state: State) -> UNet:
 
 def tiny_encoder(state: State) -> TinyEncoder:
     """Build TAESD's encoder from its state dict; ValueError on what does not fit."""
-    return _load_tiny(TinyEncoder, "0.weight", 0, state)
+    return _load_tiny(TinyEncoder, 0, state)
 
 
 def tiny_decoder(state: State) -> TinyDecoder:
     """Build TAESD's decoder from its state dict; ValueError on what does not fit."""
     # Published, the decoder's first entry draws in outliers and has no weights.
     state = {re.sub(r"^\d+", lambda n: str(int(n[0]) - 1), k): v for k, v in state.items()}
-    return _load_tiny(TinyDecoder, "0.weight", 1, state)
+    return _load_tiny(TinyDecoder, 1, state)
 
 
-def _load_tiny(kind: type, first: str, axis: int, state: State) -> nn.Module:
+def _load_tiny(kind: type, axis: int, state: State) -> nn.Module:
+    first = "0.weight"
     last = f"{max((int(k.partition('.')[0]) for k in state if k[0].isdigit()), default=0)}.weight"
     if first not in state or last not in state:
         raise InputError("these are not TAESD's weights: no numbered layers; see its repository")
@@ -360,12 +361,11 @@ def _load(module: nn.Module, pairs: Pairs, state: State) -> nn.Module:
             if f"{theirs}.{leaf}" not in state:
                 missing.append(f"{theirs}.{leaf}")
                 continue
-            ours_shape = wanted[f"{ours}.{leaf}"].shape
-            tensor = state[f"{theirs}.{leaf}"]
-            if tensor.squeeze().shape != ours_shape.__class__([n for n in ours_shape if n != 1]):
-                misfits.append(f"{theirs}.{leaf} {tuple(tensor.shape)} for {tuple(ours_shape)}")
+            tensor, own = state[f"{theirs}.{leaf}"], wanted[f"{ours}.{leaf}"]
+            if tensor.squeeze().shape != own.squeeze().shape:
+                misfits.append(f"{theirs}.{leaf} {tuple(tensor.shape)} for {tuple(own.shape)}")
                 continue
-            taken[f"{theirs}.{leaf}"] = f"{ours}.{leaf}", tensor.reshape(ours_shape)
+            taken[f"{theirs}.{leaf}"] = f"{ours}.{leaf}", tensor.reshape(own.shape)
     unexpected = sorted(set(state) - set(taken) - {m.split()[0] for m in misfits})
     if missing or unexpected or misfits:
         raise InputError(

@@ -30,10 +30,7 @@ def check_size(size: int | Size) -> Size:
     except TypeError:
         pair = ()
     if len(pair) != 2 or min(pair) < 1:
-        raise InputError(
-            f"a size is a positive integer or (height, width) of such, got {size!r}; "
-            "for example 256 or (75, 100)"
-        )
+        raise InputError(f"a size is positive, such as 256 or (75, 100), got {size!r}")
     return pair
 
 
@@ -44,11 +41,8 @@ def check_window(window: Window | None, size: Size) -> Window:
     top, left, height, width = window
     inside = 0 <= top <= top + height <= size[0] and 0 <= left <= left + width <= size[1]
     if not inside or height < 1 or width < 1:
-        raise InputError(
-            f"window (top, left, height, width) = {tuple(window)} does not lie in an image of "
-            f"{size[0]} x {size[1]}; take one with top + height <= {size[0]} and left + width <= "
-            f"{size[1]}"
-        )
+        where = f"(top, left, height, width) = {tuple(window)}"
+        raise InputError(f"window {where} does not lie in an image of {size[0]} x {size[1]}")
     return tuple(window)
 
 
@@ -60,6 +54,12 @@ def scaled_size(size: Size, scale: float) -> Size:
     if not (math.isfinite(scale * max(size)) and scale > 0):
         raise InputError(f"a scale is a positive number such as 3.7, got {scale!r}")
     return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+
+
+def same_area(side: int, ratio: Size) -> Size:
+    """Return the size of that ratio, height to width, with about the area of a square."""
+    stretch = math.sqrt(ratio[0] / ratio[1])
+    return max(1, round(side * stretch)), max(1, round(side / stretch))
 
 
 def pixel_centres(n: int, device: torch.device | None = None) -> Tensor:

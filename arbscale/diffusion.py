@@ -30,10 +30,8 @@ class NoiseSchedule:
 
     def __init__(self, beta_start: float = 0.0015, beta_end: float = 0.0155, steps: int = 1000):
         if not 0 < beta_start <= beta_end < 1 or steps < 1:
-            raise InputError(
-                f"expected 0 < beta_start <= beta_end < 1 and steps >= 1, "
-                f"got {beta_start}, {beta_end}, {steps}; the paper's are 0.0015, 0.0195, 1000"
-            )
+            got = beta_start, beta_end, steps
+            raise InputError(f"needed 0 < beta_start <= beta_end < 1 and steps >= 1, got {got}")
         self.steps = steps
         roots = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64)
         self.betas = roots**2  # (T,)

@@ -112,9 +112,8 @@ class _Head(nn.Module):
 
     def _table(self, features: Tensor, cells: Tensor) -> Tensor:
         if features.ndim != 4 or features.shape[1] != self.in_channels:
-            raise InputError(
-                f"features must be (B, {self.in_channels}, h, w), got {tuple(features.shape)}"
-            )
+            wanted = f"(B, {self.in_channels}, h, w)"
+            raise InputError(f"features must be {wanted}, got {tuple(features.shape)}")
         if cells.shape != (len(features), 2):
             raise InputError(f"cells must be ({len(features)}, 2), got {tuple(cells.shape)}")
         return self._project(features, cells)

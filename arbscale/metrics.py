@@ -278,10 +278,9 @@ def _check_images(*images: Tensor) -> list[Tensor]:
         if x.shape != images[0].shape:
             raise InputError(f"expected one shape, got {tuple(images[0].shape)}, {tuple(x.shape)}")
         if not x.is_floating_point() or x.ndim not in (3, 4) or x.shape[-3] != 3 or not x.numel():
-            raise InputError(
-                f"expected float images (B, 3, H, W) or (3, H, W) in [-1, 1], got {x.dtype} "
-                f"{tuple(x.shape)}; 8-bit images become such by image / 127.5 - 1"
-            )
+            found = f"{x.dtype} {tuple(x.shape)}"
+            mend = "map 8 bits by x / 127.5 - 1"
+            raise InputError(f"images are floats (B, 3, H, W) in [-1, 1], got {found}; {mend}")
         if x.isnan().any():
             raise InputError("expected images in [-1, 1], got NaN; look where they came from")
     return [x if x.ndim == 4 else x.unsqueeze(0) for x in images]
@@ -296,10 +295,8 @@ def _check_by_size(images: dict[int | Size, Tensor], least: int) -> list[Tensor]
     for size, x in zip(images, checked, strict=True):
         height, width = check_size(size)
         if x.shape[-2:] != (height, width) or min(height, width) < least:
-            raise InputError(
-                f"expected (N, 3, {height}, {width}) under {size!r}, sides of {least} or more, "
-                f"got {tuple(x.shape)}"
-            )
+            wanted = f"(N, 3, {height}, {width}), sides of {least} or more"
+            raise InputError(f"expected {wanted} under {size!r}, got {tuple(x.shape)}")
     return [(x.cpu() if x.device.type == "mps" else x).double().clamp(-1, 1) for x in checked]
 
 
@@ -310,9 +307,9 @@ def check_features(a: Tensor, b: Tensor, least: int = 1) -> tuple[Tensor, Tensor
     """
     for x in (a, b):
         if x.ndim != 2 or not x.is_floating_point() or len(x) < least or not x.isfinite().all():
+            found = f"{x.dtype} {tuple(x.shape)}"
             raise InputError(
-                f"expected finite features (N, D) of at least {least} images, got {x.dtype} "
-                f"{tuple(x.shape)}{'' if x.isfinite().all() else ' with NaN or infinity'}"
+                f"expected features (N, D) of {least} images or more, no NaN, got {found}"
             )
     if a.shape[1] != b.shape[1]:
         raise InputError(f"expected features of one network, got {a.shape[1]} and {b.shape[1]}")

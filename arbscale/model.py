@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from arbscale import presets, store
-from arbscale.coords import Size, Window, check_size, scaled_size
+from arbscale.coords import Size, Window, check_size, same_area, scaled_size
 from arbscale.diffusion import Denoiser
 from arbscale.presets import Preset
 from arbscale.samplers import Callback, Sampling
@@ -24,12 +24,11 @@ from arbscale.tiles import Tile, as_floats, blend, blended, noise_field, paint, 
 from arbscale.unet import computing, limit_attention, pick_precision
 
 BAND = 1_000_000  # pixels of a file that are rendered at a time
-Progress = Callable[[int, int], None]
-"""`progress(done, total)` after each denoising step of the whole job."""
-
 OVERLAP = 12  # input pixels that neighbouring tiles share, at most a quarter of a tile
 BORDER = 4  # latent pixels by which tiles reach beyond an image
 LARGEST = 2**25  # bytes of the encoder's widest activation of a tile, in float32
+Progress = Callable[[int, int], None]
+"""`progress(done, total)` after each denoising step of the whole job."""
 
 
 def launched() -> tuple[int, int]:
@@ -48,20 +47,10 @@ def pick_device() -> torch.device:
 class ArbitraryScaleModel(nn.Module):
     """First stage, denoiser and schedule, built from a preset; untrained until loaded or trained.
 
-    Its weights are float32. Its methods run without autograd; its parts are differentiable, as the
-    alignment of the denoiser with the decoder needs.
-
-    Attributes
-    ----------
-    preset
-        Every number of the model.
-    first_stage, denoiser, schedule
-        The parts.
-    scale_factor
-        1 / std(z) on training data; the diffusion works on `z * scale_factor`.
-    manifest
-        What is known of the weights: data, training command, licence.
-
+    Its weights are float32. Its methods run without autograd; its parts `first_stage`, `denoiser`
+    and `schedule` are differentiable, as the alignment of the denoiser with the decoder needs.
+    `scale_factor` is 1 / std(z) on training data: the diffusion works on `z * scale_factor`.
+    `manifest` holds what is known of the weights: data, training command, licence.
     """
 
     def __init__(self, preset: Preset, scale_factor: float = 1.0, manifest: dict | None = None):
@@ -288,8 +277,8 @@ class ArbitraryScaleModel(nn.Module):
     def render_to(self, path: str | Path, z: Tensor, size: int | Size) -> None:
         """Write the image of one unscaled latent (1, c, h, w) to a TIFF file, of any size.
 
-        Its rows are rendered and written in bands, in bounded memory, and a call that was stopped
-        is resumed by the same call; see `data.large.write_tiff`.
+        It is rendered and written in bands, and the same call resumes a stopped one: see
+        `data.large.write_tiff`.
         """
         from arbscale.data.large import write_tiff
 
@@ -309,9 +298,7 @@ class ArbitraryScaleModel(nn.Module):
 
     def latent_grid(self, size: Size) -> Size:
         """Return the latent grid (h, w) for an image's aspect ratio, at about the trained area."""
-        side = self.preset.latent_size
-        stretch = math.sqrt(size[0] / size[1])
-        return max(1, round(side * stretch)), max(1, round(side / stretch))
+        return same_area(self.preset.latent_size, size)
 
     def denoise(
         self, condition: Tensor | None = None, dtype: torch.dtype = torch.float32
@@ -351,8 +338,8 @@ class ArbitraryScaleModel(nn.Module):
         if guess is not None:
             first = min(first, max(first // 2, sampling.steps - 1))
             z = self.schedule.add_noise(guess, torch.tensor([first]), z)
-        options = generator, callback, first
-        return sampling.run(denoise, z, self.schedule, *options) / self.scale_factor
+        z = sampling.run(denoise, z, self.schedule, generator, callback, first)
+        return z / self.scale_factor
 
     def save(self, path: str | Path, half: bool = False) -> None:
         """Write weights and manifest into the folder `path`; `half` stores float16."""
@@ -361,10 +348,7 @@ class ArbitraryScaleModel(nn.Module):
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> ArbitraryScaleModel:
-        """Load a shipped model by name, or one from a folder, ready for use on the CPU.
-
-        Raises FileNotFoundError or ValueError with the mend; see `store.load`.
-        """
+        """Load a shipped model by name, or one from a folder, on the CPU; see `store.load`."""
         folder = store.find(name_or_path)
         state, manifest = store.load(folder)
         try:
@@ -375,9 +359,9 @@ class ArbitraryScaleModel(nn.Module):
             raise InputError(f"the manifest in {folder}: {error}") from None
         found = {name: tensor.shape for name, tensor in state.items()}
         if misfits := sorted(dict(wanted.items() ^ found.items())):
+            more = f"{misfits[0]} and {len(misfits) - 1} more"
             raise InputError(
-                f"the weights in {folder} do not fit the preset in its manifest: {misfits[0]} and "
-                f"{len(misfits) - 1} more"
+                f"the weights in {folder} do not fit the preset in its manifest: {more}"
             )
         model = cls(preset, scale_factor, manifest)
         model.load_state_dict(state)
@@ -392,10 +376,9 @@ def _positive(scale_factor: Any) -> float:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leave tensors as they are where modules draw them at random."""
+    """Leave tensors as they are where modules draw them: on the meta device that takes seconds."""
 
     def __torch_function__(self, func: Any, _: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        """Skip what takes seconds on the meta device: an import of 900 modules."""
         return args[0] if func == Tensor.normal_ else func(*args, **(kwargs or {}))
 
 

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
-from arbscale.autoencoder import (
-    Decoder,
-    Encoder,
-    FirstStage,
-    SymmetricDecoder,
-    TinyDecoder,
-    TinyEncoder,
-)
+from arbscale import autoencoder
 from arbscale.diffusion import NoiseSchedule
 from arbscale.liif import LIIF, InterpolatedLIIF
 from arbscale.store import InputError
 from arbscale.transformer import LatentTransformer, TransformerDenoiser
 from arbscale.unet import UNet
 
-CHOICES = {
-    "encoder": ("residual", "tiny"),
-    "head": ("liif", "interpolated"),
-    "denoiser": ("unet", "unet_transformer", "transformer"),
-    "prediction": ("eps", "v"),
-}
 MOST, MOST_LAYERS = 1_000_000, 32  # the largest number in a preset; of levels, blocks and layers
 
 
@@ -48,9 +35,9 @@ class Preset:
     hidden: tuple[int, ...] = (256,) * 4  # LIIF's hidden layers
     local_ensemble: bool = True  # LIIF blends its four nearest latent pixels
     cell_decode: bool = True  # LIIF is told the pixel's extent
-    encoder: str = "residual"  # "residual" or "tiny", which is TAESD's, with f = 8
+    encoder: Literal["residual", "tiny"] = "residual"  # tiny is TAESD's, with f = 8
     tiny_channels: int = 64  # width of the tiny encoder, TAESD's own by default
-    head: str = "liif"  # "liif" or "interpolated"
+    head: Literal["liif", "interpolated"] = "liif"
     finer: int = 1  # the interpolated head's features per latent pixel along each side
     encoder_attention_levels: tuple[int, ...] = ()  # levels with attention, beside the middle
     decoder_attention_levels: tuple[int, ...] = ()  # the same for the symmetric decoder
@@ -61,8 +48,8 @@ class Preset:
     unet_blocks: int = 2  # residual blocks per level
     unet_attention_levels: tuple[int, ...] = (1,)  # levels with attention, 0 the widest grid
     head_channels: int = 32  # width of an attention head
-    # "unet_transformer" has a LatentTransformer in the middle, "transformer" is that alone
-    denoiser: str = "unet"  # "unet", or one of the two
+    denoiser: Literal["unet", "unet_transformer", "transformer"] = "unet"
+    """a U-Net, one with a LatentTransformer in the middle, or a transformer alone"""
     transformer_width: int = 128  # of a token
     transformer_blocks: int = 4
     merge: int = 2  # side of the square of latent positions that makes one token
@@ -87,15 +74,12 @@ class Preset:
     lpips_weight: float = 0.0  # of LPIPS beside L1; wants `crop`
     lattice_weight: float = 0.0  # of patterns that repeat with each latent pixel; wants `crop`
     crop: int = 0  # side of a window of LIIF's targets, beside scattered points; 0: none
-    prediction: str = "eps"  # what the denoiser's output is: the noise ("eps") or the velocity "v"
+    prediction: Literal["eps", "v"] = "eps"  # what the denoiser gives: the noise or the velocity
 
     def __post_init__(self) -> None:
         """Refuse what no model can be trained with; ValueError says why."""
         for field in fields(self):
             _check(field.name, str(field.type), getattr(self, field.name))
-        for field, known in CHOICES.items():
-            if (found := getattr(self, field)) not in known:
-                raise InputError(f"{field} is one of {', '.join(known)}, got {found!r}")
         if not self.latent_size:
             raise InputError(f"image_size is at least {self.factor} px, got {self.image_size}")
         low, high = self.target_sizes
@@ -133,6 +117,10 @@ class Preset:
 
 def _check(name: str, kind: str, value: Any) -> None:
     """Raise ValueError unless a field's value is of its kind and in its range."""
+    if known := get_args(get_type_hints(Preset)[name]) if kind.startswith("Literal") else ():
+        if value in known:
+            return
+        raise InputError(f"{name} is one of {', '.join(known)}, got {value!r:.100}")
     most = MOST_LAYERS if name.endswith("blocks") else MOST
     least: float = 0 if kind == "float" or name == "crop" or name.endswith("levels") else 1
     least = 1e-6 if name == "noise_level" else least
@@ -350,32 +338,32 @@ def get(name: str) -> Preset:
     return PRESETS[name]()
 
 
-def build_encoder(preset: Preset) -> Encoder | TinyEncoder:
+def build_encoder(preset: Preset) -> autoencoder.Encoder | autoencoder.TinyEncoder:
     """Build an untrained encoder."""
     if preset.encoder == "tiny":
-        return TinyEncoder(preset.tiny_channels, preset.latent_channels)
+        return autoencoder.TinyEncoder(preset.tiny_channels, preset.latent_channels)
     options = preset.posterior, preset.encoder_attention_levels, preset.groups
-    return Encoder(*_widths(preset), *options)
+    return autoencoder.Encoder(*_widths(preset), *options)
 
 
-def build_decoder(preset: Preset) -> Decoder | TinyDecoder:
+def build_decoder(preset: Preset) -> autoencoder.Decoder | autoencoder.TinyDecoder:
     """Build the untrained up-sampling decoder that pre-trains the encoder."""
     if preset.encoder == "tiny":
-        return TinyDecoder(preset.tiny_channels, preset.latent_channels)
-    return Decoder(*_widths(preset), preset.encoder_attention_levels, preset.groups)
+        return autoencoder.TinyDecoder(preset.tiny_channels, preset.latent_channels)
+    return autoencoder.Decoder(*_widths(preset), preset.encoder_attention_levels, preset.groups)
 
 
-def build_first_stage(preset: Preset) -> FirstStage:
+def build_first_stage(preset: Preset) -> autoencoder.FirstStage:
     """Build an untrained first stage."""
     options = preset.decoder_attention_levels, preset.groups, preset.padding
-    decoder = SymmetricDecoder(*_widths(preset), *options)
+    decoder = autoencoder.SymmetricDecoder(*_widths(preset), *options)
     width, encoder = preset.channels * preset.multipliers[0], build_encoder(preset)
     if preset.head == "interpolated":
         head = InterpolatedLIIF(width, preset.hidden, preset.cell_decode, preset.finer)
     else:
         head = LIIF(width, preset.hidden, preset.local_ensemble, preset.cell_decode)
     coarsest = preset.target_sizes[0] * encoder.factor / preset.image_size
-    return FirstStage(encoder, decoder, head, preset.posterior, coarsest)
+    return autoencoder.FirstStage(encoder, decoder, head, preset.posterior, coarsest)
 
 
 def _widths(preset: Preset) -> tuple:
@@ -390,12 +378,8 @@ def build_denoiser(preset: Preset) -> UNet | TransformerDenoiser:
     tokens = p.transformer_width, p.transformer_blocks, p.merge, p.head_channels
     if p.denoiser == "transformer":
         return TransformerDenoiser(*channels, *tokens)
-    middle = None
-    if p.denoiser == "unet_transformer":
-
-        def middle(*sizes: int) -> LatentTransformer:
-            return LatentTransformer(*sizes, *tokens)
-
+    mixed = p.denoiser == "unet_transformer"
+    middle = (lambda *sizes: LatentTransformer(*sizes, *tokens)) if mixed else None
     levels = p.unet_channels, p.unet_multipliers, p.unet_blocks, p.unet_attention_levels
     return UNet(*channels, *levels, p.head_channels, middle)
 

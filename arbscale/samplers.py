@@ -259,9 +259,7 @@ def _grid(
     alpha_bars = schedule.alpha_bar[steps].tolist()
     final = float(final_alpha_bar)
     if not alpha_bars[-1] <= final <= 1:
-        raise InputError(
-            f"final_alpha_bar is between {alpha_bars[-1]:.6f} (at the last step) and 1, got {final}"
-        )
+        raise InputError(f"final_alpha_bar is from {alpha_bars[-1]:.6f} to 1, got {final}")
     return steps, [*alpha_bars, final]
 
 
@@ -277,8 +275,6 @@ def _check_timesteps(timesteps: Timesteps, total: int) -> list[int]:
         steps = []
     inside = all(0 <= t < total for t in steps)
     if not steps or not inside or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
-        raise InputError(
-            f"timesteps is a number of steps or strictly decreasing integers in [0, {total}), "
-            f"got {timesteps!r}"
-        )
+        wanted = f"a number of steps or strictly decreasing integers in [0, {total})"
+        raise InputError(f"timesteps is {wanted}, got {timesteps!r}")
     return steps

@@ -172,10 +172,7 @@ def read_manifest(folder: str | Path) -> dict:
         raise InputError(f"{path} is damaged; fetch or save the model again")
     version = manifest.get("format")
     if type(version) is int and version > FORMAT:
-        raise InputError(
-            f"{path} has format {version}, newer than {FORMAT}, which this version reads; update "
-            "arbscale"
-        )
+        raise InputError(f"{path} has format {version}, newer than {FORMAT}; update arbscale")
     files, preset = manifest.get("files"), manifest.get("preset")
     sound = isinstance(files, list) and files and all(_is_entry(entry) for entry in files)
     sound = sound and all(

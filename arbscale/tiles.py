@@ -65,23 +65,26 @@ class Tile:
         stops = [max(a + 1, round(b * zoom)) for a, (_, b) in zip(starts, spans, strict=True)]
         return (..., slice(starts[0], stops[0]), slice(starts[1], stops[1]))
 
-    def axes(self, low_size: Size, size: Size) -> tuple[Window, Tensor, Tensor, Tensor]:
-        """Find the output pixels whose centres lie in the tile.
+    def axes(
+        self, low_size: Size, size: Size, window: Window | None = None
+    ) -> tuple[Window, Tensor, Tensor, Tensor]:
+        """Find the output pixels, or those of a window of it, whose centres lie in the tile.
 
         `low_size` is the whole input's, `size` the whole output's.
 
         Returns
         -------
         tuple
-            Their window in the output, the coordinates in [-1, 1] of the tile of their rows (H,)
+            Their place in the window, the coordinates in [-1, 1] of the tile of their rows (H,)
             and of their columns (W,), and their cell (2,) in the tile's units.
 
         """
+        top, left, height, width = window or (0, 0, *size)
+        spans = (self.top, self.bottom, top, height), (self.left, self.right, left, width)
         axes, starts, cells = [], [], []
-        for low, high, n, total in zip(
-            (self.top, self.left), (self.bottom, self.right), low_size, size, strict=True
-        ):
-            centres = (torch.arange(total, dtype=torch.float64) + 0.5) * (n / total) + self.border
+        for (low, high, first, length), n, total in zip(spans, low_size, size, strict=True):
+            centres = torch.arange(first, first + length, dtype=torch.float64) + 0.5
+            centres = centres * (n / total) + self.border
             inside = (centres >= low) & (centres < high)
             axes.append(((centres[inside] - low) * (2 / (high - low)) - 1).float())
             starts.append(int(inside.float().argmax()))
@@ -164,19 +167,10 @@ def noise_field(seed: int, channels: int, corner: Size, size: Size) -> Tensor:
     """
     (top, left), (height, width) = corner, size
     first_row, first_col = top // NOISE_BLOCK, left // NOISE_BLOCK
-    field = torch.cat(
-        [
-            torch.cat(
-                [
-                    _noise_block(seed, channels, row, col)
-                    for col in range(first_col, (left + width - 1) // NOISE_BLOCK + 1)
-                ],
-                dim=2,
-            )
-            for row in range(first_row, (top + height - 1) // NOISE_BLOCK + 1)
-        ],
-        dim=1,
-    )
+    rows = range(first_row, (top + height - 1) // NOISE_BLOCK + 1)
+    cols = range(first_col, (left + width - 1) // NOISE_BLOCK + 1)
+    blocks = [[_noise_block(seed, channels, row, col) for col in cols] for row in rows]
+    field = torch.cat([torch.cat(line, dim=2) for line in blocks], dim=1)
     top, left = top - first_row * NOISE_BLOCK, left - first_col * NOISE_BLOCK
     return field[:, top : top + height, left : left + width]
 
@@ -246,10 +240,7 @@ def _features(
 
 
 def _decoded(
-    liif: LIIF | InterpolatedLIIF,
-    low: Tensor,
-    size: Size,
-    tiles: Iterable[tuple[Tile, Tensor]],
+    liif: LIIF | InterpolatedLIIF, low: Tensor, size: Size, tiles: Iterable[tuple[Tile, Tensor]]
 ) -> Iterator[Tensor]:
     """Yield the image of tiles with their features, in bands (3, rows, width), from the top."""
     band, first = torch.empty(3, 0, size[1], device=low.device), 0  # painted from row `first` on
@@ -344,10 +335,18 @@ def _rows(rows: Tensor, first: int, sizes: tuple[int, int], span: tuple[int, int
     step = sizes[0] / sizes[1]
     positions = first + torch.arange(rows.shape[-2], dtype=torch.float64) + 0.5
     centres = (torch.arange(*span, dtype=torch.float64) + 0.5) * step
-    x = ((positions - centres[:, None]) / max(step, 1)).abs()  # (stop - start, k)
+    return cubic((positions - centres[:, None]) / max(step, 1)).to(rows) @ rows
+
+
+def cubic(distances: Tensor) -> Tensor:
+    """Return the weights (m, k) of k pixels at m points, by the cubic of a = -0.5 (Keys 1981).
+
+    Distances are in pixels; each point's weights add up to 1.
+    """
+    x = distances.abs()
     near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
-    return (weights / weights.sum(dim=1, keepdim=True)).float().to(rows) @ rows
+    return (weights / weights.sum(dim=1, keepdim=True)).float()
 
 
 def _columns(image: Tensor, width: int) -> Tensor:

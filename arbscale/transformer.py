@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from arbscale import coords
 from arbscale.coords import Size
 from arbscale.store import InputError
-from arbscale.unet import attend, run, timestep_embedding, with_condition
+from arbscale.unet import attend, run, timestep_embedding, with_condition, zeroed
 
 Near = tuple[Size | None, int | None]
 """Tokens' grid (rows, columns), and the window that attention reads, as `attend` takes them."""
@@ -66,10 +66,8 @@ class TokenBlock(nn.Module):
     def __init__(self, width: int, head_channels: int):
         super().__init__()
         if width % head_channels or head_channels % 4:
-            raise InputError(
-                "a transformer's width is a multiple of head_channels, and head_channels of 4, got "
-                f"{width} and {head_channels}"
-            )
+            found = f"{width} and {head_channels}"
+            raise InputError(f"width is a multiple of head_channels, and that of 4, got {found}")
         self.heads = width // head_channels
         hidden = 8 * width // 3 // 8 * 8  # as many weights as an ungated MLP of four widths has
         self.modulation = nn.Parameter(torch.zeros(6, width))
@@ -132,13 +130,10 @@ class LatentTransformer(nn.Module):
         self.merge, self.head_channels = merge, head_channels
         self.norm = nn.GroupNorm(32, channels)
         self.embed = nn.Linear(channels * merge**2, width)
-        self.time = nn.Linear(time_dim, 6 * width)
+        self.time = zeroed(nn.Linear(time_dim, 6 * width))
         self.blocks = nn.ModuleList(TokenBlock(width, head_channels) for _ in range(blocks))
         self.out_norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, channels * merge**2)
-        for layer in (self.time, self.out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.out = zeroed(nn.Linear(width, channels * merge**2))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Add what the tokens have told each other; `time` is (B, time_dim)."""
@@ -191,15 +186,12 @@ class TransformerDenoiser(nn.Module):
         self.width, self.merge, self.checkpointing = width, merge, False
         inside = latent_channels + condition_channels + 2
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = zeroed(nn.Linear(width, 6 * width))
         self.embed = nn.Linear(inside * merge**2, width)
         self.blocks = nn.ModuleList(TokenBlock(width, head_channels) for _ in range(blocks))
         self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(blocks // 2))
         self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, latent_channels * merge**2)
-        for layer in (self.modulation, self.out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.out = zeroed(nn.Linear(width, latent_channels * merge**2))
 
     def forward(self, z_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Predict the noise in scaled latents `z_t` (B, c, h, w) at integer steps `t` (B,).

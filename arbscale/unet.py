@@ -27,6 +27,13 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def zeroed(layer: nn.Module) -> nn.Module:
+    """Return a layer that adds nothing until it has learned, so that a network trains faster."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, grid: Size | None = None, window: int | None = None
 ) -> Tensor:
@@ -67,11 +74,9 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_dim, out_channels)
         self.norm2 = nn.GroupNorm(32, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Add the time between the two convolutions; starts as the identity (or `skip`)."""
@@ -88,16 +93,12 @@ class Attention(nn.Module):
     def __init__(self, channels: int, head_channels: int):
         super().__init__()
         if channels % head_channels:
-            raise InputError(
-                f"attention's width is a multiple of head_channels, got {channels} and "
-                f"{head_channels}"
-            )
+            found = f"{channels} and {head_channels}"
+            raise InputError(f"attention's width is a multiple of head_channels, got {found}")
         self.heads = channels // head_channels
         self.norm = nn.GroupNorm(32, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = nn.Linear(channels, channels)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Let every position read from every other one; `time` is not used."""
@@ -202,9 +203,7 @@ class UNet(nn.Module):
             if level:
                 self.grow.append(nn.Conv2d(width, width, 3, padding=1))
         self.norm = nn.GroupNorm(32, width)
-        self.conv = nn.Conv2d(width, latent_channels, 3, padding=1)
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        self.conv = zeroed(nn.Conv2d(width, latent_channels, 3, padding=1))
 
     def forward(self, z_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Predict the noise in scaled latents `z_t` (B, c, h, w) at integer steps `t` (B,).

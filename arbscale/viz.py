@@ -28,14 +28,11 @@ def _pictures(images: Images) -> list[Any]:
     """Return one image, a batch or a list of images as PIL images; ValueError if there is none."""
     from arbscale.data import to_pil
 
-    pictures = [to_pil(x) for x in ([images] if _is_one(images) else images)]
+    one = isinstance(images, Tensor) and images.ndim == 3
+    pictures = [to_pil(image) for image in ([images] if one else images)]
     if not pictures:
         raise InputError("there is no image to show; pass at least one tensor (3, H, W)")
     return pictures
-
-
-def _is_one(images: Images) -> bool:
-    return isinstance(images, Tensor) and images.ndim == 3
 
 
 def _labels(labels: Sequence[Any] | None, n: int) -> list[str]:
@@ -222,10 +219,9 @@ def show_plot(text: str = "") -> None:
 
 def _describe(pictures: list[Any], titles: list[str]) -> str:
     sizes = dict.fromkeys("{1} × {0}".format(*picture.size) for picture in pictures)
-    names = ", ".join(title for title in titles if title)
-    return f"{len(pictures)} image{'s' * (len(pictures) > 1)}, {', '.join(sizes)}: {names}".rstrip(
-        ": "
-    )
+    names = ", ".join(filter(None, titles))
+    what = f"{len(pictures)} image{'s' * (len(pictures) > 1)}, {', '.join(sizes)}"
+    return f"{what}: {names}" if names else what
 
 
 def _display(image: Any, text: str) -> None:

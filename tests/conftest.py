@@ -3,10 +3,8 @@
 import signal
 
 import pytest
-import torch
 
-from arbscale import ArbitraryScaleModel, presets, store
-from arbscale.__main__ import main
+# PyTorch is imported where it is used: pytest-xdist's first process runs no test.
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,6 +18,10 @@ def ctrl_c_arrives():
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Save an untrained generator and an untrained super-resolver under the shipped names."""
+    import torch
+
+    from arbscale import ArbitraryScaleModel, presets
+
     root = tmp_path_factory.mktemp("data")
     torch.manual_seed(0)
     for name, low_size in (("cats", None), ("scenes", None), ("photos", 8)):
@@ -31,6 +33,9 @@ def models(tmp_path_factory):
 @pytest.fixture
 def run(models, monkeypatch, tmp_path, capsys):
     """Return a function that runs a command and gives its status and what it wrote of errors."""
+    from arbscale import store
+    from arbscale.__main__ import main
+
     monkeypatch.setattr(store, "SHIPPED", (models,))
     monkeypatch.chdir(tmp_path)
 

@@ -14,6 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from PIL import Image
 
 import arbscale
 
@@ -28,9 +29,9 @@ CONDA_NAMES = {"matplotlib": "matplotlib-base", "torch": "pytorch-cpu"}
 # What surely is there. prdc and torch-fidelity 0.4 were not found, and lpips brings OpenCV along.
 CONDA_FORGE = set(
     "accelerate anywidget diffusers editables hatchling ipywidgets jupyterlab matplotlib-base "
-    "nbval notebook numpy packaging pillow pip pooch pytest pytest-cov python pytorch-cpu pyyaml "
-    "ruff safetensors scikit-image selenium tensorboard tifffile torchvision tqdm tyro "
-    "voila".split()
+    "nbval notebook numpy packaging pillow pip pooch pytest pytest-cov pytest-xdist python "
+    "pytorch-cpu pyyaml ruff safetensors scikit-image selenium tensorboard tifffile torchvision "
+    "tqdm tyro voila".split()
 )
 SUPPORTED = SpecifierSet(PROJECT["requires-python"])
 PYTHONS = [f"3.{minor}" for minor in range(30) if f"3.{minor}.9" in SUPPORTED]
@@ -213,28 +214,40 @@ def test_the_wheel_carries_the_package_and_its_weights(wheel):
     assert packed == wanted
 
 
-def test_the_wheel_loads_every_shipped_model_outside_the_checkout(wheel, tmp_path):
-    home = tmp_path / "home"
+@pytest.fixture(scope="module")
+def home(wheel, tmp_path_factory) -> Path:
+    """Install the wheel into a folder of its own."""
+    folder = tmp_path_factory.mktemp("home")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, "--target", str(home), str(wheel)], check=True, timeout=120)
+    subprocess.run([*pip, "--target", str(folder), str(wheel)], check=True, timeout=120)
+    return folder
+
+
+def outside(home: Path, folder: Path, *words: str) -> str:
+    """Run Python in a folder outside the checkout with the installed wheel; return its output."""
+    options = {"cwd": folder, "env": clean_environment(PYTHONPATH=str(home)), "timeout": 300}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_loads_every_shipped_model_outside_the_checkout(home, tmp_path):
     code = """
 import json, arbscale, arbscale.store
 loaded = [name for name in arbscale.store.shipped() if arbscale.load(name)]
 print(json.dumps({"file": arbscale.__file__, "loaded": loaded}))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=clean_environment(PYTHONPATH=str(home)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    told = json.loads(outside(home, tmp_path, "-c", code))
     assert Path(told["file"]).is_relative_to(home)
     assert told["loaded"] == arbscale.store.shipped()
     assert told["loaded"]
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_the_demo_outside_the_checkout(home, tmp_path):
+    assert "outputs/demo.png" in outside(home, tmp_path, "-m", "arbscale", "demo")
+    with Image.open(tmp_path / "outputs/demo.png") as sheet:
+        assert sheet.width > 4 * 300
 
 
 # The Makefile -------------------------------------------------------------------------------------

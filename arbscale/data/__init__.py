@@ -11,14 +11,7 @@ from arbscale.data.images import (
     to_uint8,
     training_crop,
 )
-from arbscale.data.scenes import (
-    FIELDS,
-    MOODS,
-    Scenes,
-    render_scenes,
-    sample_scenes,
-    scene_colors,
-)
+from arbscale.data.scenes import FIELDS, MOODS, Scenes, render_scenes, sample_scenes, scene_colors
 from arbscale.data.sets import (
     ContinuousScenes,
     PatchDataset,

@@ -3,11 +3,7 @@
 | file | decision |
 | --- | --- |
 | BMP, GIF, JPEG, PNG, TIFF, WebP, found by its ending | used; the content decides, not the ending |
-| greyscale, palette, CMYK, YCbCr, LAB | converted to RGB |
-| a colour profile | converted to sRGB; ignored where it is damaged |
-| 12 or 16 bits (grey, RGB) | converted to 8 bits |
-| transparency | laid on white |
-| EXIF orientation | turned upright; a damaged tag is ignored |
+| any mode, depth, colour profile, transparency, orientation | converted as `pixels.py` says |
 | animated, several pages | the first frame |
 | a name in any script, or of bytes that are not text | used |
 | a linked file | used; a linked folder is not entered, so loops cannot occur |

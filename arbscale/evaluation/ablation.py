@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from tyro.conf import arg
 
 from arbscale import presets, training
 from arbscale.data import open_dataset
@@ -68,12 +70,12 @@ equal to the plain one in both.
 class Settings:
     """What a comparison is made with."""
 
-    comparisons: tuple[str, ...] = tuple(COMPARISONS)  # keys of COMPARISONS
+    comparisons: Annotated[tuple[str, ...], arg(name="compare")] = tuple(COMPARISONS)  # titles
     seeds: int = 3  # runs of each contestant
     steps: int = 500  # of each run
-    pool: int = 4096  # images that are encoded for a run
-    number: int = 256  # of images held out, of real ones and of generated ones
-    features: str = "encoder"  # of the distances; see features.extractor
+    pool: int = 4096  # images encoded for each run
+    number: Annotated[int, arg(aliases=["-n"])] = 256  # of images held out, real and generated
+    features: str = "encoder"  # of the distances, as for evaluate
 
     def __post_init__(self) -> None:
         """Raise ValueError for what cannot be compared."""
@@ -83,12 +85,15 @@ class Settings:
             raise InputError(f"seeds and steps are at least 1 and the pool 2, got {self}")
 
 
-def ablate(settings: Settings, partial: Partial) -> dict:
+def ablate(settings: Settings, folder: Path) -> dict:
     """Train and measure every contestant; return a report that JSON can hold.
+
+    What is finished is kept in `folder`, from which a stopped comparison resumes.
 
     Its `results` are `costs` by data and contestant, `runs` (one per data set, contestant and
     seed), and `floors`: the distance of held-out real images from the reference, by data.
     """
+    partial = Partial(folder, {"task": "ablate"})
     wanted = {}  # each contestant once per data set, even where two comparisons share it
     for title in settings.comparisons:
         data, names = COMPARISONS[title]
@@ -273,8 +278,3 @@ def count(preset: Preset) -> dict[str, int]:
 
 def _digest(*facts: object) -> str:
     return content_key(*facts)[:8]
-
-
-def open_folder(folder: Path) -> Partial:
-    """Return the folder of finished pieces."""
-    return Partial(folder, {"task": "ablate"})

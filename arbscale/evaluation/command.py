@@ -261,41 +261,14 @@ def bench(
 
 
 def ablate(
+    settings: Annotated[ablation.Settings, arg(name="")],
     *,
-    output: Annotated[Path, arg(aliases=["-o"])],
-    compare: tuple[str, ...] = ablation.Settings().comparisons,
-    seeds: int = 3,
-    steps: int = 500,
-    pool: int = 4096,
-    number: Annotated[int, arg(aliases=["-n"])] = 256,
-    features: str = "encoder",
-    folder: Path = Path("runs/ablation"),
+    output: Annotated[Path, arg(aliases=["-o"], help="a JSON file")],
+    folder: Annotated[Path, arg(help="of finished pieces, to resume from")] = Path("runs/ablation"),
 ) -> None:
-    """Train denoisers with and without a transformer at equal cost; print tables, write JSON.
-
-    Parameters
-    ----------
-    output
-        A JSON file.
-    compare
-        Titles of comparisons.
-    seeds
-        Runs of each contestant.
-    steps
-        Of each run.
-    pool
-        Images encoded for each run.
-    number
-        Of images to measure on.
-    features
-        Of the distances, as for evaluate.
-    folder
-        Of finished pieces, from which a stopped comparison resumes.
-
-    """
-    settings = ablation.Settings(compare, seeds, steps, pool, number, features)
+    """Train denoisers with and without a transformer at equal cost; print tables, write JSON."""
     try:
         with _writing(output), store.locked(folder):
-            _report(ablation.ablate(settings, ablation.open_folder(folder)), output)
+            _report(ablation.ablate(settings, folder), output)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; rerun the same command to resume") from None

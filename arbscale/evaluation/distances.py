@@ -58,10 +58,8 @@ def check_fid(images: int, allow_few: bool) -> None:
     if images >= FID_LEAST:
         return
     if not allow_few:
-        raise InputError(
-            f"FID needs {FID_LEAST} images in each set, got {images}; take more, or say so with it "
-            "(--allow-few, allow_few=True)"
-        )
+        wanted = f"{FID_LEAST} images in each set, got {images}"
+        raise InputError(f"FID needs {wanted}; take more, or --allow-few (allow_few=True)")
     warnings.warn(f"FID over {images} images is biased upwards", stacklevel=3)
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arbscale.data import resize, to_uint8
-from arbscale.evaluation.resume import kept_tensors
+from arbscale.evaluation.resume import kept
 from arbscale.store import InputError, content_key, sha256
 
 ENCODER = "photos-tiny"
@@ -242,7 +242,7 @@ def reference_features(
     except OSError as error:
         print(f"features are not kept: {error}", file=sys.stderr)
         return compute()["features"]
-    return kept_tensors(path, compute, optional=True)["features"]
+    return kept(path, compute, optional=True)["features"]
 
 
 def image_name(images: Sequence[Tensor], index: int) -> str:

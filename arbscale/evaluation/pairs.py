@@ -59,9 +59,7 @@ def _scene_pair(
 ) -> tuple[Tensor, Tensor]:
     """Return a scene at the training size and at `scale` times it, both exact."""
     if rule.low_size:
-        raise InputError(
-            f"{rule.name} fixes the low size, which scenes lack; take whole, benchmark or div2k"
-        )
+        raise InputError(f"{rule.name} fixes the low size; scenes take whole, benchmark or div2k")
     scene = sample_scenes(1, scenes.seed, scenes.first + index)
     size = scaled_size((side, side), scale)
     return eight_bits(render_scenes(scene, side)[0]), render_scenes(scene, size)[0]
@@ -74,9 +72,9 @@ def _whole_latents(
     factor = model.first_stage.factor
     size = tuple(n // factor * factor for n in low.shape[-2:])
     if min(size) == 0:
+        small = "{} x {}".format(*low.shape[-2:])
         raise InputError(
-            f"an image of {low.shape[-2]} x {low.shape[-1]} is smaller than a latent pixel of "
-            f"{factor} px; take a smaller scale"
+            f"{small} is smaller than a latent pixel, {factor} px; take a smaller scale"
         )
     rows, columns = scaled_size(size, scale)
     high = high[..., :rows, :columns]

@@ -43,10 +43,8 @@ class Protocol:
             return eight_bits(low), high
         side = scaled_size((self.low_size,) * 2, scale)[0]
         if min(image.shape[-2:]) < side:
-            raise InputError(
-                f"{self.name} at x{scale:g} needs images of {side} px or more, got "
-                f"{image.shape[-2]} x {image.shape[-1]}; take larger ones or a smaller scale"
-            )
+            found = "{} x {}".format(*image.shape[-2:])
+            raise InputError(f"{self.name} at x{scale:g} needs images from {side} px, got {found}")
         if self.crop:
             high = random_crop(image, side, torch.Generator().manual_seed(seed))
         else:

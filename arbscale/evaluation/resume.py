@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -39,18 +40,11 @@ class Partial:
 
     def numbers(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return the piece of that name as JSON gives it back, computed if it is not there."""
-
-        def write(path: Path, value: Any) -> None:
-            path.write_text(json.dumps(value), encoding="utf-8")
-
-        def read(path: Path) -> Any:
-            return json.loads(path.read_text(encoding="utf-8"))
-
-        return _kept(self.folder / f"{name}.json", compute, write, read)
+        return kept(self.folder / f"{name}.json", compute)
 
     def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the tensors of that name, computed if they are not there."""
-        return kept_tensors(self.folder / f"{name}.safetensors", compute)
+        return kept(self.folder / f"{name}.safetensors", compute)
 
     def finish(self) -> None:
         """Remove the pieces; those of other facts stay."""
@@ -84,32 +78,15 @@ def wait_for_all() -> None:
         process_state().wait_for_everyone()
 
 
-def kept_tensors(
-    path: Path, compute: Callable[[], dict[str, Tensor]], optional: bool = False
-) -> dict[str, Tensor]:
-    """Return the tensors in a safetensors file, computed and written if it is missing or damaged.
+def kept(path: Path, compute: Callable[[], Any], optional: bool = False) -> Any:
+    """Return what a file holds, computed and written if it is missing or damaged.
 
-    OSError where it can be neither read nor written, or a line on stderr if it is `optional`.
+    A `.safetensors` file holds a dict of tensors, a `.json` file anything else. OSError where it
+    can be neither read nor written, or a line on stderr if it is `optional`.
     """
-    from safetensors.torch import load_file, save_file
-
-    def write(path: Path, values: dict[str, Tensor]) -> None:
-        save_file({key: x.contiguous() for key, x in values.items()}, path)
-
-    return _kept(path, compute, write, load_file, optional)
-
-
-def _kept(
-    path: Path,
-    compute: Callable[[], Any],
-    write: Callable[[Path, Any], None],
-    read: Callable[[Path], Any],
-    optional: bool = False,
-) -> Any:
-    """Return what `read` finds in a file, computed and written if it is missing or damaged."""
     try:
         if path.is_file():
-            return read(path)
+            return _read(path)
     except (ValueError, SafetensorError, RecursionError) as error:
         print(f"{path} is damaged ({error}); its content is computed anew", file=sys.stderr)
     except OSError as error:
@@ -119,10 +96,19 @@ def _kept(
     value = compute()
     try:
         with store.replacing(path) as draft:
-            write(draft, value)
+            if path.suffix == ".safetensors":
+                save_file({key: x.contiguous() for key, x in value.items()}, draft)
+            else:
+                draft.write_text(json.dumps(value), encoding="utf-8")
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         if not optional:
             raise OSError(f"{path} cannot be written: {error}") from error
         print(f"{path} cannot be written, and is not kept: {error}", file=sys.stderr)
         return value
-    return read(path)
+    return _read(path)
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -77,11 +77,9 @@ class RealPictures:
             return render_scenes(scene, size, window)[0]
         image = centre_crop(self.images[index], size)
         if image.shape[-2] < size[0] or image.shape[-1] < size[1]:
-            raise InputError(
-                f"{image_name(self.images, index)}, cropped to {image.shape[-2]} x "
-                f"{image.shape[-1]}, is too small for {size[0]} x {size[1]}; leave that "
-                "size out, or take larger images"
-            )
+            name, found = image_name(self.images, index), "{} x {}".format(*image.shape[-2:])
+            wanted = f"{size[0]} x {size[1]}; leave that size out"
+            raise InputError(f"{name}, cropped to {found}, is too small for {wanted}")
         top, left, height, width = window or (0, 0, *size)
         return resize(image, size)[:, top : top + height, left : left + width]
 

@@ -22,28 +22,3 @@ from arbscale.training.sources import (
     scene_source,
     whole_source,
 )
-
-__all__ = [
-    "Batch",
-    "PhotoBatch",
-    "PhotoSource",
-    "Run",
-    "SceneBatch",
-    "SceneSource",
-    "Source",
-    "Stage",
-    "distil_encoder",
-    "finetune_alignment",
-    "optimise",
-    "photo_source",
-    "process_state",
-    "read_log",
-    "read_summary",
-    "scene_source",
-    "step_generator",
-    "train_autoencoder",
-    "train_decoder",
-    "train_diffusion",
-    "train_first_stage",
-    "whole_source",
-]

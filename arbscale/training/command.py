@@ -226,9 +226,8 @@ def _fit(module: torch.nn.Module, state: dict[str, torch.Tensor], origin: str | 
     try:
         module.load_state_dict(state)
     except RuntimeError:
-        raise InputError(
-            f"the weights of {origin} do not fit the preset; change no number of the network"
-        ) from None
+        text = f"the weights of {origin} do not fit the preset; change no number of the network"
+        raise InputError(text) from None
 
 
 def _teacher(options: TrainOptions) -> TinyEncoder:
@@ -274,9 +273,7 @@ def _claim(folder: Path, options: TrainOptions) -> None:
         begun["start"] = store.content_key([file["sha256"] for file in files])
     if any((folder / "checkpoints").glob("*/step-*")):
         if not options.run.resume:
-            raise InputError(
-                f"{folder} already holds a run; add --resume, or name another --folder"
-            )
+            raise InputError(f"{folder} holds a run; add --resume, or name another --folder")
         if path.is_file():
             with store.reading(path):
                 before = dict(json.loads(path.read_text(encoding="utf-8")).get("begun", {}))

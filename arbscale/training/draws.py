@@ -48,10 +48,9 @@ def loader(
     shared evenly.
     """
     if stage.batch % (parts * processes):
-        raise InputError(
-            f"{stage.name}: {stage.batch} images per step cannot be shared by {processes} processes"
-            f" in {parts} parts; take a multiple of {parts * processes}"
-        )
+        several = f"{processes} processes x {parts} parts"
+        text = f"{stage.batch} images per step are no multiple of {several}"
+        raise InputError(f"{stage.name}: {text}")
     return DataLoader(
         _Draws(stage, seed, parts, processes, process),
         batch_size=None,

@@ -183,9 +183,8 @@ class _Training:
         try:
             self.stage.load_state_dict(_under("stage", tensors))
         except RuntimeError:
-            raise InputError(
-                f"{self.folder} holds another network; use its preset, or another folder"
-            ) from None
+            text = f"{self.folder} holds another network; use its preset, or another folder"
+            raise InputError(text) from None
 
     def _build(self, found: tuple[dict[str, Tensor], dict] | None) -> None:
         run, stage, accelerator = self.run, self.stage, self.accelerator

@@ -19,9 +19,7 @@ def inherit(student: TinyEncoder, teacher: TinyEncoder, images: Tensor) -> None:
     """
     width, most = student.layers[0].out_channels, teacher.layers[0].out_channels
     if width > most:
-        raise InputError(
-            f"the student has {width} channels, its teacher {most}: take at most {most}"
-        )
+        raise InputError(f"a student of {width} channels is wider than its teacher: {most}")
     means, worth = _inputs(teacher, images)
     # The channels between two plain convolutions are one stream, to which blocks add.
     plain = [k for k, layer in enumerate(teacher.layers) if isinstance(layer, nn.Conv2d)]

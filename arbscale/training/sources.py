@@ -18,14 +18,7 @@ from torch.utils.data import Subset
 
 from arbscale import store
 from arbscale.coords import cell
-from arbscale.data import (
-    Scenes,
-    render_scenes,
-    resize,
-    sample_scenes,
-    scene_colors,
-    training_crop,
-)
+from arbscale.data import Scenes, render_scenes, resize, sample_scenes, scene_colors, training_crop
 from arbscale.presets import Preset
 from arbscale.store import InputError
 

@@ -2,5 +2,3 @@
 
 from arbscale.widgets.explorer import ScaleExplorer
 from arbscale.widgets.sources import mixed_latent
-
-__all__ = ["ScaleExplorer", "mixed_latent"]

@@ -32,7 +32,7 @@ from arbscale.samplers import SAMPLERS
 from arbscale.store import InputError
 from arbscale.widgets.recipe import Settings
 from arbscale.widgets.sources import Photo, encoded, read_photo, rendered_png
-from arbscale.widgets.subjects import Enlarger, Generator, Given, Subject, extra_rivals, opened
+from arbscale.widgets.subjects import Enlarger, Generator, Subject, extra_rivals, given, opened
 from arbscale.widgets.view import View, bounded, parse_size
 from arbscale.widgets.worker import Cancelled, Check, Worker
 
@@ -126,7 +126,7 @@ class ScaleExplorer(anywidget.AnyWidget):
             self._enlarger = Enlarger(model, other, extra)
             self._subject = self._enlarger.subject(self._photo, self._settings)
         else:
-            self._subject = Given(model, features, size, extra).subject()
+            self._subject = given(model, features, size, extra)
         self.options = {
             "kind": self.kind,
             "max_upload": MAX_UPLOAD,
@@ -324,10 +324,8 @@ class ScaleExplorer(anywidget.AnyWidget):
             size = self._size(question)
         window = (0, 0, *size) if whole else View.read(question).window(size)
         if window[2] * window[3] > MAX_SAVED:
-            raise InputError(
-                f"{window[2]} x {window[3]} is over {MAX_SAVED // 10**6} million pixels; "
-                "zoom in and save the view, or take a smaller scale"
-            )
+            most = f"{MAX_SAVED // 10**6} million pixels"
+            raise InputError(f"{window[2]} x {window[3]} is over {most}; save a smaller view")
 
         def work(progress: Progress) -> None:
             content = rendered_png(source, size, window, progress)

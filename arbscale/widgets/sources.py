@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from arbscale.coords import Size, Window, scaled_size
 from arbscale.model import ArbitraryScaleModel, Progress
 from arbscale.samplers import Callback, Sampling
 from arbscale.store import InputError
-from arbscale.tiles import Tile, paste
+from arbscale.tiles import Tile, cubic, paste
 
 MAX_PHOTO = 24_000_000  # pixels of a photograph as it is decoded for the explorer
 MAX_TRUTH = 1_024  # longer side of the original that is kept beside a reduced photograph
@@ -76,27 +76,19 @@ class Enlarged:
         """Render the window alone, from the tiles that it meets."""
         out = torch.zeros(3, *window[2:])
         for tile in self.model.tiles(self.base):
-            edges = (tile.top, tile.bottom), (tile.left, tile.right)
-            spans = [(low - tile.border, high - tile.border) for low, high in edges]
-            places = [
-                _inside(*span, *axis)
-                for span, *axis in zip(spans, self.base, size, window[:2], window[2:], strict=True)
-            ]
-            if all(len(centres) for _, centres in places):
-                (top, y), (left, x) = places
-                patch = top, left, len(y), len(x)
-                paste(out, self._paint(tile, size, y, x), patch, *_within(tile, y, x), tile)
+            place, y, x, cells = tile.axes(self.base, size, window)
+            if len(y) and len(x):
+                paste(out, self._paint(tile, size, y, x, cells), place, y, x, tile)
         return out
 
-    def _paint(self, tile: Tile, size: Size, y: Tensor, x: Tensor) -> Tensor:
-        """Return a tile's colours (3, rows, columns) at centres y, x, in its input pixels."""
+    def _paint(self, tile: Tile, size: Size, y: Tensor, x: Tensor, cells: Tensor) -> Tensor:
+        """Return a tile's colours (3, rows, columns); the rest is as `tile.axes` gives it."""
         features, correction = self._decoded(tile)
-        sides = tile.bottom - tile.top, tile.right - tile.left
-        cells = [2 * n / m / side for n, m, side in zip(self.base, size, sides, strict=True)]
-        places = (part.to(features) for part in (*_within(tile, y, x), torch.tensor([cells])))
+        places = (part.to(features) for part in (y, x, cells[None]))
         rgb = self.model.first_stage.liif.query_grid(features, *places)[0].cpu()
         if size[0] >= self.base[0] and size[1] >= self.base[1]:
-            rgb = rgb + _sampled(correction, y, x, (1.0, 1.0))
+            h, w = correction.shape[-2:]
+            rgb = rgb + _sampled(correction, (y + 1) * (h / 2), (x + 1) * (w / 2), (1.0, 1.0))
         return rgb.clamp(-1, 1)
 
     def _decoded(self, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -206,27 +198,7 @@ def _weights(centres: Tensor, n: int, shrink: float) -> tuple[slice, Tensor]:
     first = max(0, math.floor(float(centres.min()) - reach))
     last = min(n, math.ceil(float(centres.max()) + reach))
     pixels = torch.arange(first, last, dtype=torch.float64) + 0.5
-    t = (pixels - centres[:, None]).abs() / shrink
-    near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
-    weights = torch.where(t < 1, near, torch.where(t < 2, far, 0.0))
-    return slice(first, last), (weights / weights.sum(1, keepdim=True)).float()
-
-
-def _within(tile: Tile, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn input pixels, from the tile's first, into coordinates in [-1, 1] of the tile."""
-    down, right = tile.bottom - tile.top, tile.right - tile.left
-    return (2 * y / down - 1).float(), (2 * x / right - 1).float()
-
-
-def _inside(low: int, high: int, n: int, total: int, start: int, length: int) -> tuple[int, Tensor]:
-    """Find the output pixels of a window whose centres lie in a tile, along one axis.
-
-    Returns the first one, counted from the window's start, and their centres, in pixels of the
-    input, counted from the tile's start.
-    """
-    centres = (torch.arange(start, start + length, dtype=torch.float64) + 0.5) * (n / total)
-    inside = (centres >= low) & (centres < high)
-    return int(inside.float().argmax()), centres[inside] - low
+    return slice(first, last), cubic((pixels - centres[:, None]) / shrink)
 
 
 # Latents ------------------------------------------------------------------------------------------
@@ -355,17 +327,12 @@ def rendered_png(source: Source, size: Size, window: Window, progress: Progress)
     from arbscale.data import to_uint8
 
     out = np.empty((window[2], window[3], 3), "uint8")
-    for rows in _strips(window):
-        strip = source.render(size, (window[0] + rows.start, window[1], len(rows), window[3]))
-        out[rows.start : rows.stop] = to_uint8(strip).permute(1, 2, 0).numpy()
-        progress(rows.stop, window[2])
+    step = max(1, STRIP // window[3])
+    for start in range(0, window[2], step):
+        stop = min(start + step, window[2])
+        strip = source.render(size, (window[0] + start, window[1], stop - start, window[3]))
+        out[start:stop] = to_uint8(strip).permute(1, 2, 0).numpy()
+        progress(stop, window[2])
     buffer = io.BytesIO()
     Image.fromarray(out).save(buffer, "png")
     return buffer.getvalue()
-
-
-def _strips(window: Window) -> Iterator[range]:
-    """Cut the rows of a window into strips of about `STRIP` pixels."""
-    height = max(1, STRIP // window[3])
-    for start in range(0, window[2], height):
-        yield range(start, min(start + height, window[2]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from arbscale.autoencoder import FirstStage
-from arbscale.coords import Size, Window, check_size, scaled_size
+from arbscale.coords import Size, Window, check_size, same_area, scaled_size
 from arbscale.model import ArbitraryScaleModel, Progress
 from arbscale.samplers import Callback
 from arbscale.widgets.recipe import Settings, enlarger_code, features_code, generator_code
@@ -48,23 +47,14 @@ class Subject:
         return key if key in self.rivals else next(iter(self.rivals))
 
 
-@dataclass
-class Given:
-    """Features (1, C, h, w) as they are."""
-
-    model: ArbitraryScaleModel | FirstStage
-    features: Tensor
-    size: int | Size | None
-    extra: Rivals
-
-    def subject(self) -> Subject:
-        """Return what is explored."""
-        preset = getattr(self.model, "preset", None)
-        stage = getattr(self.model, "first_stage", self.model)
-        factor = preset.factor if preset else stage.factor
-        base = check_size(self.size or scaled_size(self.features.shape[-2:], factor))
-        source = Painted(stage, self.features.detach(), base)
-        return Subject(source, own(source, base) | self.extra, features_code)
+def given(
+    model: ArbitraryScaleModel | FirstStage, features: Tensor, size: Any, extra: Rivals
+) -> Subject:
+    """Explore features (1, C, h, w) as they are; `size` is what scale 1 stands for."""
+    stage = getattr(model, "first_stage", model)
+    base = check_size(size or scaled_size(features.shape[-2:], stage.factor))
+    source = Painted(stage, features.detach(), base)
+    return Subject(source, own(source, base) | extra, features_code)
 
 
 class Generator:
@@ -87,9 +77,7 @@ class Generator:
 
     def base(self, settings: Settings) -> Size:
         """Return what scale 1 stands for: the training's area, in the ratio that is drawn."""
-        stretch = math.sqrt(settings.size[0] / settings.size[1])
-        side = self.model.preset.image_size
-        return max(1, round(side * stretch)), max(1, round(side / stretch))
+        return same_area(self.model.preset.image_size, settings.size)
 
     def _painted(
         self, model: ArbitraryScaleModel, settings: Settings, callback: Callback | None

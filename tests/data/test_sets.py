@@ -111,7 +111,6 @@ def test_exif_orientation_is_applied(tmp_path):
         "picture.png",
         None,
     ],
-    ids=str,
 )
 def test_what_is_no_image_is_refused(wrong):
     with pytest.raises(ValueError):

@@ -161,13 +161,13 @@ def test_one_command_for_both_data_sets(small, monkeypatch, capsys):
     assert "cats, equal compute:" in said and "| held-out real images |" in said
     assert "run 14 of 14: cats, transformer, seed 1" in said
     monkeypatch.setattr(training, "train_diffusion", None)  # all is there: nothing runs again
-    again = ablation.ablate(QUICK, ablation.open_folder(folder))
+    again = ablation.ablate(QUICK, folder)
     assert without_times(json.loads(json.dumps(again))) == without_times(report)
 
 
 def test_a_resumed_comparison_ends_as_a_whole_one(small, monkeypatch):
     settings = dataclasses.replace(QUICK, comparisons=("scenes, equal compute",))
-    whole = ablation.ablate(settings, ablation.open_folder(small / "whole"))
+    whole = ablation.ablate(settings, small / "whole")
     train, calls = training.train_diffusion, []
 
     def stopped(*args):
@@ -178,8 +178,8 @@ def test_a_resumed_comparison_ends_as_a_whole_one(small, monkeypatch):
 
     monkeypatch.setattr(training, "train_diffusion", stopped)
     with pytest.raises(RuntimeError, match="SIGTERM"):
-        ablation.ablate(settings, ablation.open_folder(small / "halves"))
-    halves = ablation.ablate(settings, ablation.open_folder(small / "halves"))
+        ablation.ablate(settings, small / "halves")
+    halves = ablation.ablate(settings, small / "halves")
     assert len(calls) == 3 + 4
     assert without_times(halves) == without_times(whole)
 
@@ -187,7 +187,7 @@ def test_a_resumed_comparison_ends_as_a_whole_one(small, monkeypatch):
 def test_other_settings_are_other_pieces(small):
     settings = dataclasses.replace(QUICK, comparisons=("scenes, equal compute",), seeds=1)
     longer = dataclasses.replace(settings, steps=3)
-    pieces = [ablation.ablate(s, ablation.open_folder(small / "p")) for s in (settings, longer)]
+    pieces = [ablation.ablate(s, small / "p") for s in (settings, longer)]
     a, b = ([run["loss"] for run in report["results"]["runs"]] for report in pieces)
     assert not set(a) & set(b)
 
@@ -195,7 +195,7 @@ def test_other_settings_are_other_pieces(small):
 def test_as_many_held_out_images_are_needed_as_are_generated(small):
     settings = dataclasses.replace(QUICK, comparisons=("cats, equal compute",), number=13)
     with pytest.raises(ValueError, match="afhq_cats has 12 "):
-        ablation.ablate(settings, ablation.open_folder(small / "p"))
+        ablation.ablate(settings, small / "p")
 
 
 def test_nonsense_is_refused():

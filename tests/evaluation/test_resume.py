@@ -71,7 +71,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
     def full(*args):
         raise safetensors.SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr("arbscale.evaluation.resume.save_file", full)
     with pytest.raises(OSError, match="z.safetensors"):
         Partial(tmp_path / "a", {}).tensors("z", lambda: {"z": torch.zeros(1)})
 

@@ -385,7 +385,7 @@ def test_the_papers_presets_start_save_and_resume(run, tmp_path, name):
     low = f"--preset.low-size {preset.low_size // 8 or 1} " if preset.low_size else ""
     words = (
         f"{name} --pool 2 --steps 2 2 2 2 --save-every 1 --sample-every 0 {low}"
-        "--preset.channels 32 --preset.unet-channels 64 --preset.blocks 1 --preset.unet-blocks 1 "
+        "--preset.channels 32 --preset.unet-channels 32 --preset.blocks 1 --preset.unet-blocks 1 "
         f"--preset.image-size {preset.image_size // 8} --preset.target-sizes 8 16 "
         "--preset.first-stage-batch 1 --preset.diffusion-batch 1 "
         "--data " + ("photos" if low else "scenes")

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 STAGES = ("autoencoder", "decoder", "diffusion", "alignment")
 TRAINING = (
-    "train tiny --steps 20 20 20 20 --pool 32 --log-every 1 --sample-every 20 --max-weight 5 "
+    "train tiny --steps 10 10 10 10 --pool 16 --log-every 1 --sample-every 10 --max-weight 5 "
     "--preset.image-size 16 --preset.target-sizes 8 24 --preset.first-stage-batch 4 "
     "--preset.diffusion-batch 8 --preset.first-stage-lr 5e-5 --preset.alignment-lr 1e-6"
 )
@@ -44,10 +44,10 @@ def test_two_processes_have_the_losses_of_one(folder, stage):
         [line["loss"] for line in read_log(folder / "runs" / name) if line["stage"] == stage]
         for name in ("one", "two")
     )
-    assert len(one) == 20 and two == pytest.approx(one, abs=1e-5, rel=0)
+    assert len(one) == 10 and two == pytest.approx(one, abs=1e-5, rel=0)
 
 
 def test_one_of_them_writes(folder):
     assert (folder / "two" / "manifest.json").is_file()
     samples = sorted(path.name for path in (folder / "runs" / "two" / "samples").iterdir())
-    assert samples == sorted(f"{stage}-00000020.png" for stage in STAGES)
+    assert samples == sorted(f"{stage}-00000010.png" for stage in STAGES)
