@@ -229,7 +229,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".draft-{os.getpid()}-{path.name}")
+    draft = path.with_name(f".draft-{os.getpid()}-{path.name[-40:]}")  # a name has a longest length
     try:
         yield draft
         draft.chmod(0o666 & ~_umask())
