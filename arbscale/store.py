@@ -235,8 +235,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         draft.chmod(0o666 & ~_umask())
         sync(draft)
         draft.replace(path)
-    except BaseException:
+    except BaseException as error:
         draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(path)  # writing to a full disk names no file
         raise
     sync(path.parent)
 
