@@ -57,7 +57,7 @@ def to_upright(image: Any) -> tuple[Any, list[str]]:
     from PIL import Image
 
     rgb, alpha, notes = open_upright(image)
-    rgb = rgb if rgb.dtype == torch.uint8 else to_uint8(rgb)
+    rgb = _eight_bits(rgb)
     levels = rgb if alpha is None else torch.cat([rgb, alpha])
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy()), notes
 
@@ -162,7 +162,14 @@ def load_pixels(path: str | Path) -> Tensor:
     """Read an image file as uint8 (3, H, W): `load_image` in a quarter of the memory."""
     with open_image(path) as image:
         rgb = on_white(*open_upright(image)[:2])
-    return rgb if rgb.dtype == torch.uint8 else to_uint8(rgb)
+    return _eight_bits(rgb)
+
+
+def _eight_bits(rgb: Tensor) -> Tensor:
+    """Return colours (3, h, w), uint8 or in [-1, 1], as uint8, converted band by band."""
+    if rgb.dtype == torch.uint8:
+        return rgb
+    return torch.cat([to_uint8(rgb[:, rows]) for rows in pixels.bands(*rgb.shape[-2:])], dim=1)
 
 
 def load_image(path: str | Path) -> Tensor:
