@@ -196,7 +196,7 @@ def upscale(
             if not (finished and finished.holds(source, target)):
                 try:
                     low, to_size, exif = _read(source, target, factor, quality)
-                except (ValueError, FileNotFoundError) as error:
+                except (InputError, FileNotFoundError) as error:
                     if not finished:
                         raise
                     left_out.append(str(source))
@@ -253,6 +253,7 @@ def convert(
     output: Annotated[Path, arg(aliases=["-o"], help="a folder that arbscale.load reads")],
 ) -> None:
     """Convert a published checkpoint to a folder that arbscale.load reads."""
+    store.check_writable(output / store.MANIFEST)
     print(compat.convert(checkpoint, config, output))
 
 

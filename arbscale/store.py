@@ -226,14 +226,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".draft-{os.getpid()}-{path.name}")
+    draft = path.with_name(f".draft-{os.getpid()}-{path.name[-40:]}")  # a name has a longest length
     try:
         yield draft
         draft.chmod(0o666 & ~_umask())
         sync(draft)
         draft.replace(path)
-    except BaseException:
+    except BaseException as error:
         draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(path)  # writing to a full disk names no file
         raise
     sync(path.parent)
 

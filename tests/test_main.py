@@ -12,6 +12,7 @@ from PIL import Image
 
 from arbscale import ArbitraryScaleModel, metrics, presets
 from arbscale.__main__ import COMMANDS, main
+from arbscale.autoencoder import FirstStage
 from arbscale.evaluation import features, sets
 
 
@@ -184,10 +185,13 @@ def test_upscale_takes_one_pixel_wide_and_a_size(run, tmp_path):
         (("evaluate", "scenes", "--scales", 2**63), f"{2.0**63}"),
         (("ablate", "-o", "o.txt"), "o.txt"),
         (("ablate", "-o", "in.png/o.json"), "in.png"),
+        (("convert", "a.ckpt", "--config", "a.yaml", "-o", "in.png/o"), "in.png"),
     ],
 )
 def test_nonsense_gives_one_line_and_a_status(run, tmp_path, monkeypatch, words, fact):
+    """Before anything is computed."""
     monkeypatch.delenv("ARBSCALE_DATA", raising=False)
+    monkeypatch.setattr(FirstStage, "features", lambda *_: pytest.fail("it was computed"))
     Image.fromarray(gradient()).save(tmp_path / "in.png")
     (tmp_path / "bad.png").write_text("no image")
     status, said = run(*words)

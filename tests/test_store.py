@@ -463,6 +463,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         assert draft.suffix == ".json"
         draft.write_text("half")
         raise RuntimeError
+    with pytest.raises(OSError, match="No space left.*scores.json"), store.replacing(path):
+        raise OSError(28, "No space left on device")
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
     store.write_text(path, "new")
     assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]

@@ -113,7 +113,14 @@ def test_a_size_is_typed(explorer, text, size):
     assert ask(explorer, typed=text)["size"] == size
 
 
-def test_a_fault_is_told_and_the_images_stay(explorer):
+def raises(error):
+    def call(*args, **options):
+        raise error
+
+    return call
+
+
+def test_a_fault_is_told_and_the_images_stay(explorer, monkeypatch):
     before = explorer.left
     assert "'many'" in ask(explorer, typed="many")["error"]
     assert explorer.left == before
@@ -124,6 +131,9 @@ def test_a_fault_is_told_and_the_images_stay(explorer):
     ask(explorer, "nonsense")
     assert "error" in explorer.work
     assert "error" not in ask(explorer, scale=2)
+    monkeypatch.setattr(explorer, "_run", raises(MemoryError()))
+    ask(explorer, "save")
+    assert explorer.work["error"] == "MemoryError"
 
 
 @pytest.mark.parametrize("key", ["bicubic", "nearest", "truth", "other"])

@@ -25,6 +25,7 @@ from arbscale.widgets.sources import (
     rendered_png,
     slerp,
 )
+from arbscale.widgets.subjects import opened
 
 
 def image(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -173,3 +174,11 @@ def test_a_large_photograph_is_its_own_truth():
     assert "ground truth" in large.note
     small = Photo.reduced(image(30, 20), "a.png", 40)
     assert small.low.shape == (3, 30, 20) and small.truth is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_images_on_a_gpu_are_shown():
+    """On the CPU, where what a browser shows is made."""
+    given = image(6, 8).cuda()
+    assert opened(given, 4).low.device.type == "cpu"
+    assert sources.as_source(given).render((5, 5), (0, 0, 5, 5)).device.type == "cpu"

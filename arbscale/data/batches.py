@@ -51,14 +51,15 @@ class Finished:
         return json.dumps({"made by": facts, "sha256": store.sha256(target)})
 
     def _path(self, target: Path) -> Path:
-        return target.parent / RECORDS / f"{target.name}.json"
+        name = store.content_key(target.name)[:32]  # an image's name leaves no room for an ending
+        return target.parent / RECORDS / f"{name}.json"
 
     def holds(self, image: Path, target: Path) -> bool:
         """Tell whether `target` is what these settings made of this image, unchanged since."""
-        note = self._path(target)
-        if not (note.is_file() and target.is_file()):
+        try:
+            return self._path(target).read_bytes() == self._note(image, target).encode()
+        except OSError:  # what is missing is made; who makes it names what cannot be read
             return False
-        return note.read_text(encoding="utf-8") == self._note(image, target)
 
     def add(self, image: Path, target: Path) -> None:
         """Note that `target` was written."""

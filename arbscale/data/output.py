@@ -15,6 +15,7 @@ QUALITY = 95  # of formats that lose some: an enlarger's output is looked at clo
 LOSSY = ("JPEG", "WEBP", "AVIF")
 _KEPT = (270, 271, 272, 305, 306, 315, 33432, 34665, 34853)
 """EXIF's description, camera, software, time, artist, copyright, exposure and place."""
+MAX_EXIF = 65_000  # bytes; JPEG holds little more, and microscopes describe at length
 _STALE = (0xA002, 0xA003, 0xA005, 0x927C)
 """Of the exposure: sizes, interoperability, the maker's own offsets."""
 
@@ -119,6 +120,7 @@ def kept_exif(image: Any) -> bytes:
                 kept[tag] = found[tag]
         if 0xA001 in kept.get(34665, {}):
             kept[34665][0xA001] = 1  # sRGB
-        return kept.tobytes() if len(kept) else b""
+        content = kept.tobytes() if len(kept) else b""
+        return content if len(content) <= MAX_EXIF else b""
     except Exception:  # damaged facts beside good pixels
         return b""

@@ -164,7 +164,7 @@ def _deep(image: Any, white: float, inverted: bool) -> tuple[Tensor, Tensor | No
     clear = image.info.get("transparency")
     alpha = None if clear is None else torch.from_numpy((levels != clear)[None]).byte().mul_(255)
     grey = torch.from_numpy(levels.astype("float32")).div_(white / 2).sub_(1).clamp_(-1, 1)
-    return (grey.neg_() if inverted else grey).repeat(3, 1, 1), alpha
+    return (grey.neg_() if inverted else grey).expand(3, -1, -1), alpha
 
 
 def _shallow(image: Any, bits: int, notes: list[str]) -> tuple[Tensor, Tensor | None]:

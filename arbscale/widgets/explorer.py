@@ -153,7 +153,7 @@ class ScaleExplorer(anywidget.AnyWidget):
         try:
             known[message.get("kind")]()
         except Exception as error:
-            self._tell(error=str(error))
+            self._tell(error=_said(error))
 
     def _view(self, question: dict) -> None:
         with self._lock:
@@ -166,7 +166,7 @@ class ScaleExplorer(anywidget.AnyWidget):
             try:
                 left, right, answer = self._answer(self._question)
             except Exception as error:
-                left, right, answer = self.left, self.right, {"error": str(error)}
+                left, right, answer = self.left, self.right, {"error": _said(error)}
             about = {name: self._question.get(name) for name in ("serial", "view", "typed")}
             with self.hold_sync():
                 self.left, self.right = left, right
@@ -250,7 +250,7 @@ class ScaleExplorer(anywidget.AnyWidget):
             except Cancelled:
                 self._tell(text=f"{title}: cancelled")
             except Exception as error:
-                self._tell(error=str(error))
+                self._tell(error=_said(error))
 
         self._worker.start(run)
 
@@ -367,6 +367,10 @@ def still(left: bytes, right: bytes, box: int = BOX) -> bytes:
     buffer = io.BytesIO()
     first.save(buffer, "png", optimize=True)
     return buffer.getvalue()
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__  # a MemoryError says nothing
 
 
 def _kind(model: Any, image: Any, features: Any) -> str:

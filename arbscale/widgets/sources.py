@@ -166,7 +166,9 @@ def as_source(given: Any) -> Source:
     """Take an image (PIL, array or tensor) as one to resize; a function (size, window) renders."""
     from arbscale.data import to_tensor
 
-    return Rendered(given) if callable(given) else Resized(fitted(to_tensor(given), 4 * MAX_TRUTH))
+    if callable(given):
+        return Rendered(given)
+    return Resized(fitted(to_tensor(given).cpu(), 4 * MAX_TRUTH))
 
 
 def bicubic(image: Tensor, size: Size, window: Window | None = None) -> Tensor:

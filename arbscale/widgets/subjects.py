@@ -147,4 +147,4 @@ def opened(image: Any, limit: int) -> Photo:
 
     if isinstance(image, (str, Path)):
         return Photo.reduced(load_image(image), Path(image).name, limit)
-    return Photo.reduced(to_tensor(image), "photo.png", limit)
+    return Photo.reduced(to_tensor(image).cpu(), "photo.png", limit)

@@ -3,7 +3,8 @@
 Case i of a seed is always the same file. Whatever it holds, `load_image` gives an image or one of
 its two documented errors, `ImageFolder` goes on with what is readable, `check_file` says the
 same, and nothing takes longer than `SECONDS`. After a failure, a crash or a hang (which ends the
-run, with a trace) the files stay in the temporary folder. What libtiff prints is its own.
+run, with a trace) the files stay in the temporary folder. What libtiff prints is its own. The files
+are mutations of `image_formats.cases`, whose references `test_pixels.py` checks, and of others.
 """
 
 import argparse

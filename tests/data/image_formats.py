@@ -199,6 +199,12 @@ def cases():
     adobe, display = ({"icc_profile": profile(name)} for name in ("Adobe", "P3"))
     smooth = Image.fromarray(SMOOTH)
     rgba = np.dstack([RGB, GREY])
+    on_black = (255 - RGB.astype(float)) * (255 - GREY[..., None].astype(float)) / 255
+    smooth_ink = np.dstack([SMOOTH, SMOOTH[..., 0]])
+    straight = {338: (3, [2])}  # ExtraSamples: alpha that is not multiplied into the colours
+    under = (RGB.astype(int) * (GREY | 128)[..., None] + 127) // 255
+    indexed = Image.fromarray(GREY % 60)
+    indexed.putpalette(RGB.tobytes())
     wide = PngImagePlugin.PngInfo()
     wide.add_text("long", "x" * (3 << 20), zip=True)
     late = chunk(b"zTXt", b"long\0\0" + zlib.compress(bytes(3 << 20)))
@@ -291,12 +297,28 @@ def cases():
         "8-signed.tif": Case(tiff(GREY.view("int8"), kind=2), None, "signed"),
         "float.tif": Case(tiff(GREY.astype("float32"), kind=3), None, "floats"),
         "lab.tif": Case(tiff(lab, photometric=8), from_lab(lab_values), "LAB", off=3),
-        "cmyk.tif": Case(
-            tiff(rgba, photometric=5),
-            (255 - RGB.astype(float)) * (255 - GREY[..., None].astype(float)) / 255,
-            "CMYK",
-            off=1.6,
+        "cmyk.tif": Case(tiff(rgba, photometric=5), on_black, "CMYK", off=1.6),
+        "16-cmyk.tif": Case(
+            tiff(rgba.astype("uint16") * 257, photometric=5), on_black, "CMYK", off=1.6
         ),
+        "cmyk.jpg": Case(
+            encoded(Image.fromarray(smooth_ink, "CMYK"), "JPEG", quality=100, subsampling=0),
+            (255 - SMOOTH.astype(float)) * (255 - SMOOTH[..., :1].astype(float)) / 255,
+            "CMYK",
+            off=3,
+        ),
+        "alpha.tif": Case(tiff(rgba, tags=straight), RGB, "transparency", GREY),
+        "16-rgba.tif": Case(
+            tiff(rgba.astype("uint16") * 257, tags=straight), RGB, "transparency", GREY
+        ),
+        "premultiplied.tif": Case(
+            tiff(np.dstack([under, GREY | 128]).astype("uint8"), tags={338: (3, [1])}),
+            RGB,
+            "transparency",
+            GREY | 128,
+            off=2.01,
+        ),
+        "palette.tif": Case(encoded(indexed, "TIFF"), RGB.reshape(-1, 3)[GREY % 60], "palette"),
         "16-grey.pgm": Case(b"P5 10 6 65535\n" + deep.astype(">u2").tobytes(), grey(GREY), "16 b"),
         "10-grey.pgm": Case(
             b"P5 10 6 1023\n" + (GREY.astype("uint16") * 4).astype(">u2").tobytes(),

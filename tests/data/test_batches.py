@@ -1,12 +1,13 @@
 """Many images at once: names are kept, clashes refused, and what is finished is known."""
 
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from arbscale import store
-from arbscale.data.batches import Finished, targets
+from arbscale.data.batches import RECORDS, Finished, targets
 
 
 @pytest.fixture
@@ -68,5 +69,24 @@ def test_what_is_finished_is_known_until_something_changes(folder):
     target.write_bytes(content)
     Image.new("L", (4, 3), 98).save(image)
     assert not finished.holds(image, target)
-    target.unlink()
-    assert not finished.holds(image, target)
+    target.write_bytes(content)
+    finished.add(image, target)
+    (note,) = (target.parent / RECORDS).iterdir()
+    for damaged in (b"", b"\xff\xfe"):
+        note.write_bytes(damaged)
+        assert not finished.holds(image, target)
+    finished.add(image, target)
+    for missing in (target, image):
+        missing.rename("moved")
+        assert not finished.holds(image, target)
+        Path("moved").rename(missing)
+    assert finished.holds(image, target)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are counted in another way there")
+def test_a_name_may_be_as_long_as_the_system_allows(folder):
+    target = folder / ("\u30cd" * 83 + "ab.png")  # 255 bytes
+    store.write_text(target, "text")
+    finished = Finished([])
+    finished.add(Path("in/b.png"), target)
+    assert finished.holds(Path("in/b.png"), target)

@@ -127,5 +127,15 @@ def test_exif_is_kept_but_for_what_is_no_longer_true(tmp_path, source):
             assert found.get_ifd(34853)[1] == "N"
 
 
+def test_a_description_that_no_format_holds_is_dropped(tmp_path):
+    """Microscopes write theirs, of any length, into TIFF files."""
+    for length, is_kept in ((60_000, True), (70_000, False)):
+        photo().save(tmp_path / "in.tif", tiffinfo={270: "x" * length})
+        with Image.open(tmp_path / "in.tif") as image:
+            kept = output.kept_exif(image)
+        assert bool(kept) == is_kept
+        output.write_image(photo(), tmp_path / "out.jpg", exif=kept)
+
+
 def test_an_image_without_exif_has_none_to_keep():
     assert output.kept_exif(photo()) == b""

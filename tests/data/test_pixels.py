@@ -76,6 +76,18 @@ def test_a_large_image_is_converted_in_bands(monkeypatch):
     assert torch.equal(data.to_tensor(image), whole)
 
 
+def test_deep_grey_is_held_once_and_reduced_in_bands(monkeypatch):
+    """Of an image of 120 megapixels three planes of floats take 1.4 GB."""
+    image = Image.fromarray(image_formats.GREY.astype("uint16") * 257)
+    assert open_upright(image)[0].untyped_storage().nbytes() == 4 * image_formats.GREY.size
+    reduced, original = [], images.to_uint8
+    monkeypatch.setattr(images, "to_uint8", lambda x: reduced.append(x) or original(x))
+    monkeypatch.setattr(pixels, "BAND", 15)
+    upright, _ = images.to_upright(image)
+    assert np.array_equal(np.asarray(upright)[..., 0], image_formats.GREY)
+    assert len(reduced) == image_formats.HEIGHT
+
+
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
 def test_clear_pixels_take_the_colours_around_them(kind):
     rgb = torch.zeros(3, 5, 7, dtype=kind)
