@@ -87,10 +87,6 @@ class Tile:
         return (*starts, len(axes[0]), len(axes[1])), *axes, torch.tensor(cells)
 
 
-Held = tuple[Tile, Tensor, Axes]
-"""A tile, its features (1, C, h, w), and its part of the image."""
-
-
 def as_floats(image: Tensor) -> Tensor:
     """Return an image of bytes as floats in [-1, 1], and floats as they are."""
     return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image
@@ -110,8 +106,9 @@ def tiles(size: Size, side: int, overlap: int, border: int = 0) -> Iterator[Tile
 
 
 def _spans(n: int, side: int, overlap: int) -> list[tuple[int, int, int]]:
-    """Return evenly spread (start, end, overlap with the one before) along one axis."""
+    """Return evenly spread (start, end, overlap with the one before): few, then short."""
     count = max(1, math.ceil((n - overlap) / (side - overlap)))
+    side = math.ceil((n + (count - 1) * overlap) / count)
     starts = [round(i * (n - side) / (count - 1)) for i in range(count)] if count > 1 else [0]
     ends = [min(n, start + side) for start in starts]
     return [
@@ -211,8 +208,8 @@ def bands(
 ) -> Iterator[Tensor]:
     """Decode overlapping tiles' latents into one image that agrees with `low`, from `row` down.
 
-    The memory holds the features of a few rows of tiles, and as many rows of the image as a few of
-    the input become.
+    Yields bands (3, rows, width) in [-1, 1] of about `BAND` pixels, on the device of `low`. The
+    memory holds the features of a few rows of tiles, and a few input rows' worth of the image.
 
     Parameters
     ----------
@@ -228,11 +225,6 @@ def bands(
         What the decoder computes in, float32 or bfloat16; the rest is float32.
     row
         Rows of the image above it are left out.
-
-    Yields
-    ------
-    Tensor
-        (3, rows, width) in [-1, 1], of about `BAND` pixels, on the device of `low`.
 
     """
     corrected = _enlarges(size, low.shape[-2:])
@@ -261,7 +253,7 @@ def _decoded(
     first: int,
 ) -> Iterator[Tensor]:
     """Yield the image of tiles with their features, in bands (3, rows, width), from row `first`."""
-    held: list[Held] = []  # those that may reach below row `first`
+    held: list[tuple[Tile, Tensor, Axes]] = []  # those that may reach below row `first`
     step = max(1, BAND // size[1])
 
     def painted(stop: int) -> Iterator[Tensor]:
@@ -280,7 +272,9 @@ def _decoded(
     yield from painted(size[0])
 
 
-def _paint_tile(liif: LIIF | InterpolatedLIIF, part: Held, band: Tensor, first: int) -> None:
+def _paint_tile(
+    liif: LIIF | InterpolatedLIIF, part: tuple[Tile, Tensor, Axes], band: Tensor, first: int
+) -> None:
     """Paste what a tile shows into a band (3, rows, width), whose first row is named."""
     tile, features, ((top, left, height, width), y, x, cells) = part
     start, stop = (min(max(row - top, 0), height) for row in (first, first + band.shape[1]))
@@ -345,10 +339,9 @@ def _back_projected(
 
 
 def _depends(n: int, total: int, start: int, stop: int) -> list[tuple[int, int]]:
-    """Return which rows the rows [start, stop) of an enlarged, corrected image take.
+    """Return the rows of the correction, of enlarged(e), of e and of the image that rows take.
 
-    Those of the correction, of enlarged(e), of e and of the image before it. The input has n rows,
-    the image `total`.
+    The rows [start, stop) are of `total`; the input has n.
     """
     spans = [(start, stop)]
     for source, target in ((n, total), (total, n)) * 2:
