@@ -34,7 +34,7 @@ Axes = tuple[Window, Tensor, Tensor, Tensor]
 """A tile's window of an image, the coordinates in [-1, 1] of the tile of its rows (H,) and of its
 columns (W,), and their cell (2,) in the tile's units."""
 
-BAND = 1_000_000  # pixels that are painted at a time
+BAND = 250_000  # pixels that are painted at a time
 NOISE_BLOCK = 32  # latent pixels per side that share one stream of random numbers
 
 
