@@ -55,7 +55,7 @@ def _spec(read: Callable[[list[str]], Any]) -> tyro.constructors.PrimitiveConstr
     )
 
 
-Edge = Annotated[int | Size, _spec(_edge)]
+Edge = Annotated[int | Size, _spec(lambda words: _edge(words, MAX_SIDE**2))]
 AnySize = Annotated[Size, _spec(lambda words: check_size(_edge(words, MAX_SIDE**2)))]
 
 
@@ -100,7 +100,7 @@ def generate(
     from arbscale.data import to_pil
     from arbscale.viz import contact_sheet
 
-    bands = output.suffix.lower() in (".tif", ".tiff") and math.prod(size) > LARGE and not sheet
+    bands = _is_large(output, size) and not sheet
     _check_output(output, size, quality, MAX_SIDE**2 if bands else MAX_PIXELS)
     if number < 1:
         raise InputError(f"--number is at least 1, got {number}")
@@ -176,8 +176,9 @@ def upscale(
     """Enlarge images by any factor or to any size: give --scale or --size.
 
     Several images keep their names, in the folder --output. An image that cannot be used is named
-    and left out. Rerun the same command to resume: what it has finished is left as it is. Processes
-    that accelerate or torchrun launched together make a share each.
+    and left out. A large TIFF file is written in bands, in little memory, without EXIF. Rerun the
+    same command to resume: what it has finished is left as it is. Processes that accelerate or
+    torchrun launched together make a share each.
     """
     if (scale is None) == (size is None):
         raise InputError("give either --scale, such as 3.7, or --size, such as 480x640")
@@ -202,15 +203,14 @@ def upscale(
                     left_out.append(str(source))
                     bar.write(f"left out: {error}", file=sys.stderr)
                 else:
-
-                    def shown(done: int, total: int, before: int = i) -> None:
-                        bar.update(before + done / total - bar.n)
-
-                    large = loaded.upscale(low, size=to_size, **options, progress=shown)
-                    output_files.write_image(large, target, quality, exif)
+                    to = target if _is_large(target, to_size) else None
+                    more = {"size": to_size, "progress": _shown_by(bar, i), "to": to}
+                    large = loaded.upscale(low, **options, **more)
+                    if not to:
+                        output_files.write_image(large, target, quality, exif)
                     if finished:
                         finished.add(source, target)
-                    bar.write(f"wrote {target} ({large.height} x {large.width})")
+                    bar.write("wrote {} ({} x {})".format(target, *to_size))
             bar.update(i + 1 - bar.n)
     if left_out:
         raise InputError(f"{len(left_out)} images were left out: {', '.join(left_out[:3])}")
@@ -231,7 +231,7 @@ def _read(
     if isinstance(factor, int):
         factor = factor / max(low.size)
     size = factor if isinstance(factor, tuple) else scaled_size((low.height, low.width), factor)
-    _check_output(target, size, quality)
+    _check_output(target, size, quality, MAX_SIDE**2 if _is_large(target, size) else MAX_PIXELS)
     if notes:
         tqdm.write(f"{source}: {'; '.join(notes)}")
     return low, size, exif
@@ -292,6 +292,16 @@ def download(
     print(downloads.TERMS[name])
 
 
+def _shown_by(bar: tqdm, before: int) -> Any:
+    """Return a `progress(done, total)` of one image for a bar of several; `before` are done."""
+    return lambda done, total: bar.update(before + done / total - bar.n)
+
+
+def _is_large(path: Path, size: Size) -> bool:
+    """Tell whether an image is written as a TIFF file in bands."""
+    return path.suffix.lower() in (".tif", ".tiff") and math.prod(size) > LARGE
+
+
 def _check_output(
     path: Path, size: Size = (1, 1), quality: int = output_files.QUALITY, most: int = MAX_PIXELS
 ) -> None:
@@ -304,7 +314,7 @@ def _check_size(size: Size, most: int = MAX_PIXELS) -> Size:
     if math.prod(size) > most or max(size) > MAX_SIDE:
         raise InputError(
             f"{size[0]} x {size[1]} is over {MAX_PIXELS // 10**6} million pixels, or {MAX_SIDE} a "
-            "side; take a smaller scale, or generate a .tif, which may have more pixels"
+            "side; take a smaller scale, or write a .tif, which may have more pixels"
         )
     return size
 

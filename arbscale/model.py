@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,9 @@ from arbscale.diffusion import Denoiser
 from arbscale.presets import Preset
 from arbscale.samplers import Callback, Sampling
 from arbscale.store import InputError, StateError
-from arbscale.tiles import Tile, as_floats, blend, blended, noise_field, paint, tiles
+from arbscale.tiles import BAND, Tile, as_floats, bands, blend, blended, noise_field, paint, tiles
 from arbscale.unet import computing, limit_attention, pick_precision
 
-BAND = 1_000_000  # pixels of a file that are rendered at a time
 OVERLAP = 12  # input pixels that neighbouring tiles share, at most a quarter of a tile
 BORDER = 4  # latent pixels by which tiles reach beyond an image
 LARGEST = 2**25  # bytes of the encoder's widest activation of a tile, in float32
@@ -137,6 +137,7 @@ class ArbitraryScaleModel(nn.Module):
         tile: int | None = None,
         progress: Progress | None = None,
         precision: str = "float32",
+        to: str | Path | None = None,
     ) -> Any:
         """Enlarge an image to any size, tile by overlapping tile.
 
@@ -162,24 +163,30 @@ class ArbitraryScaleModel(nn.Module):
         precision
             "float32", or "auto" for the networks in bfloat16 where that is faster; see
             `pick_precision`. The sampler, the head and back-projection stay in float32.
+        to
+            A TIFF file, for an image that memory need not hold: painted and written in bands, with
+            transparency on white. The same call resumes one that was stopped, but samples again.
 
         Returns
         -------
         Any
             The kind it was given: PIL image (RGB), uint8 array (H', W', 3), or tensor in [-1, 1];
-            RGBA or (H', W', 4) with the transparency enlarged, too, where there is any.
+            RGBA or (H', W', 4) with the transparency enlarged, too, where there is any. None where
+            it is written.
 
         """
         from arbscale.data.images import like, open_upright, to_tensor
-        from arbscale.data.pixels import fill_clear
+        from arbscale.data.large import write_tiff
+        from arbscale.data.pixels import fill_clear, on_white
 
         if not self.preset.low_size:
             raise StateError(f"{self.preset.name} is a generator; load a super-resolution model")
         self._check_precision()
         sampling = Sampling(steps, sampler, seed)
         if isinstance(image, Tensor) and image.ndim == 4:
-            if not (n := len(image)):
-                raise InputError(f"a batch holds at least one image, got {tuple(image.shape)}")
+            if not (n := len(image)) or to:
+                limit = "a file holds one image, a batch at least one"
+                raise InputError(f"{limit}, got {tuple(image.shape)}")
 
             def one(i: int) -> Tensor:
                 report = progress and (lambda done, total: progress(i * total + done, n * total))
@@ -188,18 +195,25 @@ class ArbitraryScaleModel(nn.Module):
 
             return torch.stack([one(i) for i in range(n)])
         low, alpha = (image, None) if isinstance(image, Tensor) else open_upright(image)[:2]
-        low = to_tensor(fill_clear(low, alpha))  # (3, h, w)
+        low = to_tensor((on_white if to else fill_clear)(low, alpha))  # (3, h, w)
         low = low.cpu() if low.device.type == "mps" else low  # which lacks antialiased resampling
         if (scale is None) == (size is None):
             raise InputError("give either scale, such as 3.7, or size, such as (480, 640)")
         size = scaled_size(low.shape[-2:], scale) if size is None else check_size(size)
         spans = self.tiles(low.shape[-2:], tile)
         dtype = pick_precision(precision, self.device)
-        z = self._sample_tiles(low, spans, sampling, progress, dtype)
         keep_float = isinstance(image, Tensor) and image.is_floating_point()
-        latents = ((span, z[span.latent(self.zoom)]) for span in spans)
+
+        def latents() -> Iterator[tuple[Tile, Tensor]]:
+            z = self._sample_tiles(low, spans, sampling, progress, dtype)
+            yield from ((span, z[span.latent(self.zoom)]) for span in spans)
+
+        if to:
+            how = vars(sampling), list(map(vars, spans)), str(dtype)
+            painted = partial(bands, self.first_stage, low, size, latents(), dtype)
+            return write_tiff(to, size, store.content_key(low, how, module=self), painted)
         kind = torch.float32 if keep_float else torch.uint8
-        return like(self.paint(low, size, latents, kind, dtype), image, alpha)
+        return like(self.paint(low, size, latents(), kind, dtype), image, alpha)
 
     def tiles(self, size: Size, side: int | None = None) -> list[Tile]:
         """Cut an input of `size` into tiles; `side` in its pixels, by default as for `upscale`.
@@ -289,12 +303,12 @@ class ArbitraryScaleModel(nn.Module):
         features = self.first_stage.features(z)  # (1, C, h, w)
         step = max(1, BAND // width)
 
-        def bands(row: int) -> Iterator[Tensor]:
+        def rendered(row: int) -> Iterator[Tensor]:
             for top in range(row, height, step):
                 window = (top, 0, min(step, height - top), width)
                 yield self.first_stage.render(features, size, window)[0]
 
-        write_tiff(path, size, store.content_key(size, z, module=self.first_stage), bands)
+        write_tiff(path, size, store.content_key(size, z, module=self.first_stage), rendered)
 
     def latent_grid(self, size: Size) -> Size:
         """Return the latent grid (h, w) for an image's aspect ratio, at about the trained area."""

@@ -30,6 +30,11 @@ from arbscale.unet import computing
 Place = tuple[EllipsisType, slice, slice]
 """Which rows and columns of a tensor (..., h, w) something is."""
 
+Axes = tuple[Window, Tensor, Tensor, Tensor]
+"""A tile's place in an image or a window, the coordinates in [-1, 1] of the tile of its rows (H,)
+and of its columns (W,), and their cell (2,) in the tile's units."""
+
+BAND = 250_000  # pixels that are painted at a time
 NOISE_BLOCK = 32  # latent pixels per side that share one stream of random numbers
 
 
@@ -65,19 +70,10 @@ class Tile:
         stops = [max(a + 1, round(b * zoom)) for a, (_, b) in zip(starts, spans, strict=True)]
         return (..., slice(starts[0], stops[0]), slice(starts[1], stops[1]))
 
-    def axes(
-        self, low_size: Size, size: Size, window: Window | None = None
-    ) -> tuple[Window, Tensor, Tensor, Tensor]:
+    def axes(self, low_size: Size, size: Size, window: Window | None = None) -> Axes:
         """Find the output pixels, or those of a window of it, whose centres lie in the tile.
 
         `low_size` is the whole input's, `size` the whole output's.
-
-        Returns
-        -------
-        tuple
-            Their place in the window, the coordinates in [-1, 1] of the tile of their rows (H,)
-            and of their columns (W,), and their cell (2,) in the tile's units.
-
         """
         top, left, height, width = window or (0, 0, *size)
         spans = (self.top, self.bottom, top, height), (self.left, self.right, left, width)
@@ -111,8 +107,9 @@ def tiles(size: Size, side: int, overlap: int, border: int = 0) -> Iterator[Tile
 
 
 def _spans(n: int, side: int, overlap: int) -> list[tuple[int, int, int]]:
-    """Return evenly spread (start, end, overlap with the one before) along one axis."""
+    """Return evenly spread (start, end, overlap with the one before): few, then short."""
     count = max(1, math.ceil((n - overlap) / (side - overlap)))
+    side = math.ceil((n + (count - 1) * overlap) / count)
     starts = [round(i * (n - side) / (count - 1)) for i in range(count)] if count > 1 else [0]
     ends = [min(n, start + side) for start in starts]
     return [
@@ -165,14 +162,14 @@ def noise_field(seed: int, channels: int, corner: Size, size: Size) -> Tensor:
 
     Each block of the field has its own stream, so a window costs no more wherever it lies.
     """
-    (top, left), (height, width) = corner, size
-    first_row, first_col = top // NOISE_BLOCK, left // NOISE_BLOCK
-    rows = range(first_row, (top + height - 1) // NOISE_BLOCK + 1)
-    cols = range(first_col, (left + width - 1) // NOISE_BLOCK + 1)
+    rows, cols = (
+        range(start // NOISE_BLOCK, (start + n - 1) // NOISE_BLOCK + 1)
+        for start, n in zip(corner, size, strict=True)
+    )
     blocks = [[_noise_block(seed, channels, row, col) for col in cols] for row in rows]
-    field = torch.cat([torch.cat(line, dim=2) for line in blocks], dim=1)
-    top, left = top - first_row * NOISE_BLOCK, left - first_col * NOISE_BLOCK
-    return field[:, top : top + height, left : left + width]
+    field = torch.cat([torch.cat(row, dim=2) for row in blocks], dim=1)
+    top, left = corner[0] - rows[0] * NOISE_BLOCK, corner[1] - cols[0] * NOISE_BLOCK
+    return field[:, top : top + size[0], left : left + size[1]]
 
 
 def _noise_block(seed: int, channels: int, row: int, col: int) -> Tensor:
@@ -181,7 +178,6 @@ def _noise_block(seed: int, channels: int, row: int, col: int) -> Tensor:
     return torch.randn(channels, NOISE_BLOCK, NOISE_BLOCK, generator=generator)
 
 
-@torch.no_grad()
 def paint(
     first_stage: FirstStage,
     low: Tensor,
@@ -190,10 +186,31 @@ def paint(
     dtype: torch.dtype = torch.float32,
     features_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Decode the latents of overlapping tiles into one image that agrees with `low`.
+    """Return all `bands` as one image (3, height, width), on the device of `low`.
 
-    The image is decoded and back-projected from top to bottom; beside it, the memory holds as many
-    of its rows as a few tiles are high.
+    `dtype` is float32, in [-1, 1], or uint8 for a quarter of the memory.
+    """
+    out, top = torch.empty(3, *size, dtype=dtype, device=low.device), 0
+    for band in bands(first_stage, low, size, latents, features_dtype):
+        place = out[:, top : top + band.shape[1]]
+        place.copy_(((band + 1) * 127.5).round() if dtype == torch.uint8 else band)
+        top += band.shape[1]
+    return out
+
+
+@torch.no_grad()
+def bands(
+    first_stage: FirstStage,
+    low: Tensor,
+    size: Size,
+    latents: Iterable[tuple[Tile, Tensor]],
+    dtype: torch.dtype = torch.float32,
+    row: int = 0,
+) -> Iterator[Tensor]:
+    """Decode overlapping tiles' latents into one image that agrees with `low`, from `row` down.
+
+    Yields bands (3, rows, width) in [-1, 1] of about `BAND` pixels, on the device of `low`. The
+    memory holds the features of a few rows of tiles, and a few input rows' worth of the image.
 
     Parameters
     ----------
@@ -206,28 +223,18 @@ def paint(
     latents
         Tiles of the input in their order, each with its unscaled latent (1, c, h', w').
     dtype
-        float32, or uint8 for a quarter of the memory.
-    features_dtype
         What the decoder computes in, float32 or bfloat16; the rest is float32.
-
-    Returns
-    -------
-    Tensor
-        (3, height, width), in [-1, 1] or 8 bits, on the device of `low`.
+    row
+        Rows of the image above it are left out.
 
     """
-    out = torch.empty(3, *size, dtype=dtype, device=low.device)
-    features = _features(first_stage, latents, features_dtype)
-    bands = _decoded(first_stage.liif, low, size, features)
-    if _enlarges(size, low.shape[-2:]):
-        bands = _back_projected(bands, low, size)
-    top = 0
-    for band in bands:
-        band = band.clamp(-1, 1)
-        place = out[:, top : top + band.shape[1]]
-        place.copy_(((band + 1) * 127.5).round() if dtype == torch.uint8 else band)
-        top += band.shape[1]
-    return out
+    corrected = _enlarges(size, low.shape[-2:])
+    first = _depends(low.shape[-2], size[0], row, row + 1)[-1][0] if corrected else row
+    above = (first + 0.5) * low.shape[-2] / size[0]  # in rows of the input
+    features = _features(first_stage, (x for x in latents if x[0].bottom > above), dtype)
+    found = _decoded(first_stage.liif, low, size, features, first)
+    for band in _back_projected(found, low, size, row, first) if corrected else found:
+        yield band.clamp(-1, 1)
 
 
 def _features(
@@ -240,26 +247,43 @@ def _features(
 
 
 def _decoded(
-    liif: LIIF | InterpolatedLIIF, low: Tensor, size: Size, tiles: Iterable[tuple[Tile, Tensor]]
+    liif: LIIF | InterpolatedLIIF,
+    low: Tensor,
+    size: Size,
+    tiles: Iterable[tuple[Tile, Tensor]],
+    first: int,
 ) -> Iterator[Tensor]:
-    """Yield the image of tiles with their features, in bands (3, rows, width), from the top."""
-    band, first = torch.empty(3, 0, size[1], device=low.device), 0  # painted from row `first` on
-    for _, row in itertools.groupby(tiles, key=lambda part: part[0].top):
-        for tile, features in row:
-            window, y, x, cells = tile.axes(low.shape[-2:], size)
-            top, left, height, width = window
-            if not height or not width:
-                continue
-            if top + height > first + band.shape[1]:  # the first of its row of tiles
-                if top > first:
-                    yield band[:, : top - first]
-                kept = band[:, top - first :]
-                new = torch.empty(3, height - kept.shape[1], size[1], device=low.device)
-                band, first = torch.cat([kept, new], dim=1), top
-            places = (part.to(features) for part in (y, x, cells[None]))
-            rgb = liif.query_grid(features, *places)[0].to(band)  # (3, height, width)
-            paste(band, rgb, (top - first, left, height, width), y, x, tile)
-    yield band
+    """Yield the image of tiles with their features, in bands (3, rows, width), from row `first`."""
+    held: list[tuple[Tile, Tensor, Axes]] = []  # those that may reach below row `first`
+    step = max(1, BAND // size[1])
+
+    def painted(stop: int) -> Iterator[Tensor]:
+        for top in range(first, stop, step):
+            band = torch.empty(3, min(step, stop - top), size[1], device=low.device)
+            for part in held:
+                _paint_tile(liif, part, band, top)
+            yield band
+
+    for _, parts in itertools.groupby(tiles, key=lambda part: part[0].top):
+        row = [(*part, part[0].axes(low.shape[-2:], size)) for part in parts]
+        (top, *_), *_ = row[0][-1]
+        yield from painted(top)
+        first = max(first, top)
+        held = [part for part in held if sum(part[-1][0][::2]) > first] + row
+    yield from painted(size[0])
+
+
+def _paint_tile(
+    liif: LIIF | InterpolatedLIIF, part: tuple[Tile, Tensor, Axes], band: Tensor, first: int
+) -> None:
+    """Paste what a tile shows into a band (3, rows, width), whose first row is named."""
+    tile, features, ((top, left, height, width), y, x, cells) = part
+    start, stop = (min(max(row - top, 0), height) for row in (first, first + band.shape[1]))
+    if start < stop and width:
+        places = (axis.to(features) for axis in (y[start:stop], x, cells[None]))
+        rgb = liif.query_grid(features, *places)[0].to(band)  # (3, stop - start, width)
+        window = (top + start - first, left, stop - start, width)
+        paste(band, rgb, window, y[start:stop], x, tile)
 
 
 def _enlarges(size: Size, low_size: Size) -> bool:
@@ -281,42 +305,49 @@ def back_project(rgb: Tensor, low: Tensor, rounds: int = 2) -> Tensor:
     return rgb
 
 
-def _back_projected(bands: Iterable[Tensor], low: Tensor, size: Size) -> Iterator[Tensor]:
+def _back_projected(
+    bands: Iterable[Tensor], low: Tensor, size: Size, done: int, first: int
+) -> Iterator[Tensor]:
     """Do to an image that comes in bands of rows what `back_project` does to the whole.
 
     With e = low - reduced(rgb), two rounds add enlarged(2 e - reduced(enlarged(e))). Each band
-    waits for the rows below it that its correction depends on.
+    waits for the rows below it that its correction depends on. The bands begin at row `first`, the
+    result at row `done`.
     """
-    n, total = low.shape[-2], size[0]  # rows of the input and of the image
-    rgb, first, done = torch.empty(3, 0, size[1], device=low.device), 0, 0
-
-    def depends(start: int, stop: int) -> list[tuple[int, int]]:
-        """Rows of the correction, of enlarged(e), of e and of rgb that rows of the result take."""
-        spans = [(start, stop)]
-        for source, target in ((n, total), (total, n)) * 2:
-            spans.append(_support(source, target, *spans[-1]))
-        return spans[1:]
-
+    (n, width), total = low.shape[-2:], size[0]
+    rgb = torch.empty(3, 0, size[1], device=low.device)
     for band in bands:
         rgb = torch.cat([rgb, band], dim=1)
         end = first + rgb.shape[1]
         last = range(done, total)
-        stop = done + bisect_right(last, end, key=lambda row: depends(done, row + 1)[-1][1])
+        stop = done + bisect_right(last, end, key=lambda x: _depends(n, total, done, x + 1)[-1][1])
         if stop == done:
             continue
-        of_low, of_rgb, of_error, _ = depends(done, stop)
-        reduced = _columns(_rows(rgb, first, (total, n), of_error), low.shape[-1])
+        of_low, of_rgb, of_error, _ = _depends(n, total, done, stop)
+        reduced = _columns(_rows(rgb, first, (total, n), of_error), width)
         error = as_floats(low[:, slice(*of_error)]) - reduced
-        enlarged = _columns(_rows(error, of_error[0], (n, total), of_rgb), size[1])
-        again = _columns(_rows(enlarged, of_rgb[0], (total, n), of_low), low.shape[-1])
+        again = _rows(error, of_error[0], (n, total), of_rgb)  # (3, rows, w)
+        again = _rows(again, of_rgb[0], (total, n), of_low)
+        again = _columns(_columns(again, size[1]), width)
         inner = error[:, of_low[0] - of_error[0] : of_low[1] - of_error[0]]
         added = _columns(2 * inner - again, size[1])
         added = _rows(added, of_low[0], (n, total), (done, stop))
         yield rgb[:, done - first : stop - first] + added
         done = stop
         if done < total:
-            needed = depends(done, done + 1)[-1][0]
+            needed = _depends(n, total, done, done + 1)[-1][0]
             rgb, first = rgb[:, needed - first :], needed
+
+
+def _depends(n: int, total: int, start: int, stop: int) -> list[tuple[int, int]]:
+    """Return the rows of the correction, of enlarged(e), of e and of the image that rows take.
+
+    The rows [start, stop) are of `total`; the input has n.
+    """
+    spans = [(start, stop)]
+    for source, target in ((n, total), (total, n)) * 2:
+        spans.append(_support(source, target, *spans[-1]))
+    return spans[1:]
 
 
 def _support(n: int, m: int, start: int, stop: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from PIL import Image
 from arbscale import ArbitraryScaleModel, metrics, presets
 from arbscale.__main__ import COMMANDS, main
 from arbscale.autoencoder import FirstStage
+from arbscale.data import large
 from arbscale.evaluation import features, sets
 
 
@@ -53,6 +54,32 @@ def test_generate_writes_large_tiff_files_in_bands(run, tmp_path, monkeypatch):
         with Image.open(tmp_path / f"a-00{i}.tif") as image:
             assert "arbscale" in image.tag_v2[305]  # the program that wrote it
             assert abs(np.asarray(image) - whole).max() <= 1  # rounding
+
+
+def test_upscale_writes_large_tiff_files_in_bands_and_resumes(run, tmp_path, monkeypatch):
+    Image.fromarray(gradient(23, 31)).convert("RGB").save(tmp_path / "in.png")
+    words = ("upscale", "in.png", "--scale", 2, "--steps", 1, "-o", "a.tif")
+    assert run(*words)[0] == 0
+    whole = np.asarray(Image.open(tmp_path / "a.tif")).astype(int)
+    monkeypatch.setattr("arbscale.__main__.LARGE", 1000)
+    monkeypatch.setattr("arbscale.data.large.TILE", 16)
+    monkeypatch.setattr("arbscale.tiles.BAND", 300)
+    original, calls = large._Tiles.append, []
+
+    def stopped(tiles, *rest):
+        calls.append(tiles.done)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        original(tiles, *rest)
+
+    monkeypatch.setattr(large._Tiles, "append", stopped)
+    assert run(*words)[0] == 130 and (tmp_path / "a.tif.part").is_file()
+    assert run(*words)[0] == 0 and calls == [0, 1, 1, 2]
+    with Image.open(tmp_path / "a.tif") as image:
+        assert "arbscale" in image.tag_v2[305]  # the program that wrote it
+        assert abs(np.asarray(image) - whole).max() <= 1  # rounding
+    monkeypatch.setattr(ArbitraryScaleModel, "_sample_tiles", None)
+    assert run(*words)[0] == 0  # a whole file is left
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "I;16"])

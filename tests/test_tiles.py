@@ -11,6 +11,7 @@ from arbscale.tiles import (
     NOISE_BLOCK,
     Tile,
     back_project,
+    bands,
     blend,
     noise_field,
     paint,
@@ -51,10 +52,10 @@ def test_a_small_picture_is_one_tile():
 
 
 def test_tiles_are_evenly_spread():
-    starts = sorted({tile.left for tile in tiles((8, 100), 32, 8)})
-    assert starts[0] == 0 and starts[-1] == 68
-    gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
-    assert max(gaps) - min(gaps) <= 1
+    row = list(tiles((8, 90), 32, 8))
+    assert len(row) == 4 and {tile.right - tile.left for tile in row} == {29}  # (90 + 3 * 8) / 4
+    assert row[0].left == 0 and row[-1].right == 90
+    assert {tile.over_left for tile in row[1:]} <= {8, 9}
 
 
 @pytest.mark.parametrize(("side", "overlap"), [(8, 8), (8, 9), (8, -1), (0, 0), (-4, 0)])
@@ -227,12 +228,15 @@ class Flat(torch.nn.Module):
         return F.grid_sample(z, at, padding_mode="border", align_corners=False)[:, :3]
 
 
-def painted(low, size, side, dtype=torch.float32):
-    """Paint `low` from its own noisy pixels as latents, in tiles of `side`."""
+def noisy_tiles(low, side):
+    """Return tiles of `side`, with the noisy pixels of `low` as latents."""
     generator = torch.Generator().manual_seed(0)
     z = low + 0.3 * torch.randn(low.shape, generator=generator)
-    spans = tiles(low.shape[-2:], side, side // 4)
-    return paint(Flat(), low, size, ((span, span.cut(z)[None]) for span in spans), dtype)
+    return [(span, span.cut(z)[None]) for span in tiles(low.shape[-2:], side, side // 4)]
+
+
+def painted(low, size, side, dtype=torch.float32):
+    return paint(Flat(), low, size, noisy_tiles(low, side), dtype)
 
 
 def photograph(height, width):
@@ -267,6 +271,25 @@ def test_bands_are_corrected_as_the_whole_is(low_size, scale, monkeypatch):
             bare = painted(low, size, side)
         expected = back_project(bare, low).clamp(-1, 1)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [0.6, 1.5, 3.7])
+@pytest.mark.parametrize("side", [9, 16, 64])
+def test_bands_of_any_height_from_any_row_are_the_same(scale, side, monkeypatch):
+    """Of 37 rows, tiles of 16 are three: a row of the image may lie in all of them."""
+    low, size = photograph(37, 20), scaled_size((37, 20), scale)
+    whole = painted(low, size, side)
+    monkeypatch.setattr(tiles_module, "BAND", 3 * size[1])
+    seen = []
+    first_stage = Flat()
+    first_stage.features = lambda z: seen.append(z) or z
+    for row in (0, 1, size[0] // 2, size[0] - 1):
+        seen.clear()
+        found = list(bands(first_stage, low, size, noisy_tiles(low, side), row=row))
+        torch.testing.assert_close(torch.cat(found, dim=1), whole[:, row:], atol=1e-5, rtol=0)
+        if row == 0 and scale > 1:
+            assert max(band.shape[1] for band in found) < 20 * scale
+    assert len(seen) <= 6 or side == 9  # what lies above is not decoded
 
 
 def test_what_paint_holds_does_not_grow_with_the_image(monkeypatch):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,10 @@ from torch import Tensor
 
 from arbscale import store
 from arbscale.coords import Size, cell, check_size, grid
-from arbscale.evaluation.reports import RATIO, header
+from arbscale.data import low_high_pair, open_dataset
+from arbscale.evaluation.pairs import lpips_or_why_not, score
+from arbscale.evaluation.protocols import eight_bits
+from arbscale.evaluation.reports import METRICS, RATIO, header
 from arbscale.liif import LIIF, InterpolatedLIIF
 from arbscale.model import BAND, ArbitraryScaleModel
 from arbscale.store import StateError
@@ -24,7 +29,7 @@ from arbscale.unet import pick_precision
 
 CPU = torch.device("cpu")
 AGREEMENT = 1e-4  # largest difference of two forms' images
-ENLARGED, STEPS = 1000, (1, 2, 3, 5)  # side in pixels of what `upscale` makes, in these steps
+STEPS = (1, 2, 3, 5)  # that `upscale` is timed in
 LATENT = (64, 64)  # that all forms render from
 SIDES = (256, 512, 1024)  # pixels; all forms render these
 LARGER = (2048, 4096, 8192, 16384)  # the last form renders these, band by band
@@ -70,10 +75,10 @@ def measure(
     """Time a model at several sizes; JSON-able, with the protocol beside the results.
 
     Rows are named tasks: the model end to end; the same with the 200 DDIM steps of the published
-    code, at the first size alone, for it does not depend on the size; and decoding alone. For
-    super-resolution, `upscale` to a megapixel follows, by steps and precision. Then come the forms
-    of rendering of `_forms`, one image from 64 x 64 features, each with how many times as fast as
-    the released form it is.
+    code, at the first size alone, for it does not depend on the size; and decoding alone. Then come
+    the forms of rendering of `_forms`, one image from 64 x 64 features, each with how many times as
+    fast as the released form it is. For super-resolution, `enlarging` has `upscale` of photographs,
+    by steps and precision.
     """
     rows = []
     _reset_peak(model.device)
@@ -85,8 +90,6 @@ def measure(
         for name, task in tasks.items():
             speed = images_per_second(task, batch, seconds, model.device)
             rows.append({"size": list(size), "task": name, **asdict(speed)})
-    if model.preset.low_size:
-        rows += _enlarging(model, seconds)
     forms = _forms(model)
     for side in SIDES:
         for name, form in forms.items():
@@ -108,14 +111,22 @@ def measure(
         "precision": "float32",
         "megabytes before": start,
     }
-    return {**header(model, "bench", protocol), "results": rows}
+    report = {**header(model, "bench", protocol), "results": rows}
+    return report | ({"enlarging": _enlarging(model, seconds)} if model.preset.low_size else {})
 
 
 def plot(report: dict, path: Path) -> None:
-    """Draw the forms' time and memory over the side of the output, log-log, as a PNG file."""
+    """Draw a report as a PNG file: the forms' time and memory over the side of the output, log-log.
+
+    For super-resolution, its scores over the time of enlarging are drawn beside them.
+    """
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    enlarging = report.get("enlarging", [{}])
+    scores = [key for key in ("psnr", "lpips") if key in enlarging[0]]
+    columns = 2 + len(scores)
+    figure, places = plt.subplots(1, columns, figsize=(5 * columns, 4), layout="constrained")
+    left, right = places[:2]
     rows = [row for row in report["results"] if row["task"].startswith("render, ")]
     for name in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == name]
@@ -134,9 +145,26 @@ def plot(report: dict, path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     left.legend(fontsize=9)
+    for place, key in zip(places[2:], scores, strict=True):
+        _plot_enlarging(place, enlarging, key)
     with store.replacing(path) as draft:
         figure.savefig(draft, format="png", dpi=110)
     plt.close(figure)
+
+
+def _plot_enlarging(axes: Any, rows: list[dict], key: str) -> None:
+    """Draw a score over the time of enlarging; each point says its number of steps."""
+    rows = [row for row in rows if row["tile"] is None]
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        own = [row for row in rows if row["precision"] == precision]
+        x, y = ([row[name] for row in own] for name in ("seconds a megapixel", key))
+        axes.plot(x, y, "o-", label=precision)
+        for row, *point in zip(own, x, y, strict=True):
+            axes.annotate(f" {row['steps']}", point)
+    title = f"{METRICS[key][0]} of photographs enlarged x2, by steps"
+    axes.set(title=title, xlabel="seconds a megapixel")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
 
 
 def _whole(
@@ -150,19 +178,30 @@ def _whole(
 
 
 def _enlarging(model: ArbitraryScaleModel, seconds: float) -> list[dict]:
-    """Time `upscale` to a megapixel, beside five steps in tiles of twice the training's size."""
-    low = _seeded(torch.rand, 3, ENLARGED // 2, ENLARGED // 2) * 2 - 1
-    side = 2 * model.preset.low_size
+    """Time `upscale` x2 of scikit-image's validation photographs, and score what it makes.
+
+    First come five steps in tiles of twice the training's size. PSNR is of Y without a border of 2.
+    """
+    pairs = [low_high_pair(image, 2) for image in open_dataset("photos", "val")]
+    megapixels = sum(math.prod(high.shape[-2:]) for _, high in pairs) / 1e6
     fast = pick_precision("auto", model.device) != torch.float32
-    calls = {f"5 steps, float32, tiles of {side} px": {"steps": 5, "tile": side}}
-    for precision in ["float32", "auto"][: 1 + fast]:
-        name = {"auto": "bfloat16"}.get(precision, precision)
-        calls |= {f"{n} steps, {name}": {"steps": n, "precision": precision} for n in STEPS}
-    rows = []
-    for name, options in calls.items():
-        task = partial(model.upscale, low, 2.0, **options)
-        speed = images_per_second(task, 1, seconds, model.device)
-        rows.append({"size": [ENLARGED] * 2, "task": f"enlarging x2, {name}", **asdict(speed)})
+    ways = [("auto" if auto else "float32", n, None) for auto in range(1 + fast) for n in STEPS]
+    with_lpips, rows = lpips_or_why_not(), []
+    for precision, steps, tile in [("float32", 5, 2 * model.preset.low_size), *ways]:
+        options = {"steps": steps, "precision": precision, "tile": tile}
+        made: list[Tensor] = []
+
+        def task(options: dict = options, made: list = made) -> None:
+            made[:] = [model.upscale(eight_bits(low), 2, **options) for low, _ in pairs]
+
+        speed = images_per_second(task, len(pairs), seconds, model.device)
+        scores = [
+            score({"truth": high[None], "ours": image[None]}, "y", 2, with_lpips)["ours"]
+            for image, (_, high) in zip(made, pairs, strict=True)
+        ]
+        means = {key: statistics.mean(x[key] for x in scores) for key in scores[0]}
+        told = options | {"precision": "bfloat16" if precision == "auto" else precision}
+        rows.append({**told, "seconds a megapixel": speed.seconds / megapixels, **means})
     return rows
 
 

@@ -139,7 +139,7 @@ def document(paths: Iterable[Path]) -> str:
 def table(report: dict) -> str:
     """Return a report as markdown: one line that says what it is, the table, the command."""
     report = finite(report)
-    writers = {"generate": _generation, "bench": _speed, "ablate": _ablation}
+    writers = {"generate": _generation, "bench": _speed, "ablate": _ablation, "heads": _heads}
     body = writers.get(report["task"], _pairs)(report)
     reasons = [f"{place}: {why}." for place, why in report.get("null", {}).items()]
     parts = [[_caption(report)], body, reasons, [f"Measured by `{report['command']}`."]]
@@ -249,7 +249,46 @@ def _speed(report: dict) -> list[str]:
     titles = ["images per second", "ms per call", "quartiles apart, ms", "calls", "peak memory, MB"]
     titles += [RATIO + " as the released form"] if compared else []
     batch = f"Batch {report['protocol']['batch']}, {report['protocol']['precision']}."
-    return [batch, "", *_markdown(["size", "task", *titles], rows)]
+    lines = [batch, "", *_markdown(["size", "task", *titles], rows)]
+    if enlarging := report.get("enlarging"):
+        lines += ["", "Two photographs of scikit-image, enlarged x2:", "", *_enlarging(enlarging)]
+    return lines
+
+
+def _enlarging(rows: list[dict]) -> list[str]:
+    """One row per way to enlarge: its time and its scores."""
+    scores = {name: about for name, about in METRICS.items() if name in rows[0]}
+    titles = ["steps", "precision", "tile", "seconds a megapixel"]
+    cells = [
+        [
+            row["steps"],
+            row["precision"],
+            f"{row['tile']} px" if row["tile"] else "largest",
+            f"{row['seconds a megapixel']:.3g}",
+            *(_number(row[name], form) for name, (_, form) in scores.items()),
+        ]
+        for row in rows
+    ]
+    return _markdown([*titles, *(title for title, _ in scores.values())], cells)
+
+
+def _heads(report: dict) -> list[str]:
+    """One row per head: what it costs, then PSNR and LPIPS by scale."""
+    results = report["results"]
+    first = next(iter(results.values()))
+    titles = ["head", "parameters", *(f"{side} px, ms" for side in first["ms"])]
+    titles += [f"x{scale}, dB and LPIPS" for scale in first["scores"]]
+    rows = [
+        [
+            name,
+            head["parameters"],
+            *(f"{ms:.3g}" for ms in head["ms"].values()),
+            *(f"{x['psnr']:.2f}, {x['lpips']:.4f}" for x in head["scores"].values()),
+        ]
+        for name, head in results.items()
+    ]
+    told = f"Decoder and head trained for {report['protocol']['steps']} steps, all on the same:"
+    return [told, "", *_markdown(titles, rows)]
 
 
 def _ablation(report: dict) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 
 import pytest
 import torch
 from PIL import Image
 
-from arbscale import ArbitraryScaleModel, presets
+from arbscale import ArbitraryScaleModel, metrics, presets
+from arbscale.data import low_high_pair
 from arbscale.evaluation import bench, reports
 
 
@@ -36,35 +36,36 @@ def small(monkeypatch):
     """Make all sizes small: the published ones take minutes."""
     assert (bench.LATENT, bench.SIDES[0], bench.LARGER[-1]) == ((64, 64), 256, 16384)
     for name, value in (
-        ("ENLARGED", 40),
         ("LATENT", (3, 4)),
         ("SIDES", (8, 12)),
         ("LARGER", (40, 60)),
         ("BAND", 700),
     ):
         monkeypatch.setattr(bench, name, value)
+    generator = torch.Generator().manual_seed(0)
+    photos = [torch.rand(3, 40, n, generator=generator) * 2 - 1 for n in (50, 36)]
+    monkeypatch.setattr(bench, "open_dataset", lambda *_: photos)
+    monkeypatch.setattr(bench, "lpips_or_why_not", lambda: False)
 
 
 def test_enlarging_is_timed_by_steps_and_precision_beside_small_tiles(small, monkeypatch):
-    model, calls = ArbitraryScaleModel(presets.tiny(8)).eval(), []
+    model = ArbitraryScaleModel(presets.tiny(8)).eval()
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    original = model.upscale
-
-    def recorded(low, scale, **options):
-        calls.append(options)
-        out = original(low, scale, **options)
-        assert out.shape == (3, 40, 40)
-        return out
-
-    model.upscale = recorded
+    monkeypatch.setattr(bench, "STEPS", (1, 2))
     rows = bench._enlarging(model, 0.0)
-    tried = [calls[0], *(c for before, c in itertools.pairwise(calls) if c != before)]
-    assert len(rows) == len(tried) == 1 + 2 * len(bench.STEPS)
-    assert tried[0] == {"steps": 5, "tile": 16} and "16" in rows[0]["task"]
-    for row, options in zip(rows, tried, strict=True):
-        assert row["size"] == [40, 40] and row["seconds"] > 0
-        assert str(options["steps"]) in row["task"]
-        assert ("bfloat16" in row["task"]) == (options.get("precision") == "auto")
+    ways = [(row["precision"], row["steps"], row["tile"]) for row in rows]
+    whole = [(name, n, None) for name in ("float32", "bfloat16") for n in (1, 2)]
+    assert ways == [("float32", 5, 16), *whole]
+    photos = [low_high_pair(image, 2) for image in bench.open_dataset()]
+    megapixels = 40 * (50 + 36) / 1e6
+    monkeypatch.setattr(
+        bench, "images_per_second", lambda task, *_: task() or bench.Speed(1, 3.0, 0, 1, None)
+    )
+    (row, *_) = bench._enlarging(model, 0.0)
+    assert row["seconds a megapixel"] == 3 / megapixels
+    made = [model.upscale(bench.eight_bits(low), 2, steps=5, tile=16) for low, _ in photos]
+    scores = [metrics.psnr(a, high, "y", 2) for a, (_, high) in zip(made, photos, strict=True)]
+    assert row["psnr"] == pytest.approx(sum(scores) / 2)
 
 
 @pytest.mark.parametrize("low_size", [None, 8])
@@ -85,7 +86,9 @@ def test_measure_has_every_row(low_size, small, monkeypatch, tmp_path):
     yardstick, ours = ([r for r in rows if r["task"] == name][1] for name in (forms[0], forms[-1]))
     assert ours["times as fast"] == yardstick["seconds"] / ours["seconds"]
     assert report["protocol"]["batch"] == 2 and report["machine"]["threads"] >= 1
-    assert "times as fast as the released form" in reports.table(report)
+    text = reports.table(report)
+    assert "times as fast as the released form" in text
+    assert ("| 2 | float32 | largest |" in text) == bool(low_size)
     bench.plot(report, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         assert image.format == "PNG" and image.width > 500

@@ -186,3 +186,24 @@ def test_tables_hold_numbers_that_are_none(value):
     text = reports.table(report)
     assert "| 64 x 96 | ours | 1000 | - ± - | 0.500 ± 0.010 | 0.250 ± - |" in text
     assert "| ours | - | 2.5 |" in text and "| 1.0000 | - |" in text
+
+
+def test_a_table_of_heads():
+    report = {
+        "task": "heads",
+        "model": "m",
+        "protocol": {"data": "cats", "split": "val", "pictures": 9, "steps": 500},
+        "machine": MACHINE,
+        "command": "python data/heads.py",
+        "results": {
+            "a head": {
+                "parameters": 1234,
+                "ms": {"256": 12.345, "512": 50.0},
+                "scores": {"0.5": {"psnr": 24.123, "ssim": 0.5, "lpips": 0.12346}},
+            }
+        },
+    }
+    text = reports.table(report)
+    assert "| head | parameters | 256 px, ms | 512 px, ms | x0.5, dB and LPIPS |" in text
+    assert "| a head | 1234 | 12.3 | 50 | 24.12, 0.1235 |" in text
+    assert "500 steps" in text and "`python data/heads.py`" in text
