@@ -448,7 +448,8 @@ def test_the_default_tile_is_bounded_by_the_encoders_widest_activation(monkeypat
         monkeypatch.setattr("arbscale.model.LARGEST", limit)
         model.denoiser.seen.clear()
         model.upscale(picture(3 * side - 8, 2 * side - 4), scale=1, steps=1)  # whole tiles
-        assert set(model.denoiser.seen) == {(2 * side, 2 * side)}
+        # Tiles are no longer than that, nor much shorter.
+        assert 2 * side - 8 < max(map(max, model.denoiser.seen)) <= 2 * side
 
 
 def test_tiles_overlap_by_what_a_pixel_depends_on():
