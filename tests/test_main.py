@@ -168,6 +168,13 @@ def test_upscale_takes_one_pixel_wide_and_a_size(run, tmp_path):
         assert out.size == (7, 50)
 
 
+def test_one_number_is_the_longer_side(run, tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "in.png")  # 12 x 16
+    assert run("upscale", "in.png", "--size", 24, "--steps", 1, "-o", "out.png")[0] == 0
+    with Image.open(tmp_path / "out.png") as out:
+        assert out.size == (24, 18)
+
+
 @pytest.mark.parametrize(
     ("words", "fact"),
     [

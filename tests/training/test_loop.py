@@ -384,6 +384,20 @@ def test_the_run_folder(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_a_sheet_of_samples_is_whole_or_not_there(tmp_path, monkeypatch):
+    def full(self, file, *args, **options):
+        with open(file, "wb") as half:
+            half.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    log = RunLog(tmp_path, "line", 0, main=True)
+    with pytest.raises(OSError, match="No space left.*line-00000006.png"):
+        log.samples(6, [(torch.zeros(3, 4, 4), "zero")])
+    log.close()
+    assert not list((tmp_path / "samples").iterdir())
+
+
 def test_tensorboard_reads_it(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
