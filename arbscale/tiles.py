@@ -228,10 +228,11 @@ def bands(
         Rows of the image above it are left out.
 
     """
-    corrected = _enlarges(size, low.shape[-2:])
-    first = _depends(low.shape[-2], size[0], row, row + 1)[-1][0] if corrected else row
-    above = (first + 0.5) * low.shape[-2] / size[0]  # in rows of the input
-    features = _features(first_stage, (x for x in latents if x[0].bottom > above), dtype)
+    n, corrected = low.shape[-2], _enlarges(size, low.shape[-2:])
+    first = _depends(n, size[0], row, row + 1)[-1][0] if corrected else row
+    above = (first + 0.5) * n / size[0]  # in rows of the input
+    below = (part for part in latents if part[0].bottom - part[0].border > above)
+    features = _features(first_stage, below, dtype)
     found = _decoded(first_stage.liif, low, size, features, first)
     for band in _back_projected(found, low, size, row, first) if corrected else found:
         yield band.clamp(-1, 1)
