@@ -99,17 +99,19 @@ def alignment_loss(
     schedule
         Gives alpha_bar.
     max_weight
-        Clamp for the image term's `w(t)`; None as in the paper.
+        Clamp for the image term's `w(t)`; None as in the paper, 0 for no image term.
 
     Source: Kim and Kim 2024, second stage of the diffusion model's training.
 
     """
     z_t = schedule.add_noise(z0, t, noise)
     eps = denoise(z_t, t)
+    latent_term = (eps - noise).square().mean(dim=(1, 2, 3))
+    if max_weight == 0:
+        return latent_term, torch.zeros_like(latent_term)
     z0_hat = schedule.predict_z0(z_t, t, eps)  # (B, c, h, w)
     weight = schedule.weight(t).to(z0)  # (B,)
     if max_weight is not None:
         weight = weight.clamp(max=max_weight)
-    latent_term = (eps - noise).square().mean(dim=(1, 2, 3))
     image_term = weight * (image - decode(z0_hat)).square().mean(dim=(1, 2, 3))
     return latent_term, image_term

@@ -67,17 +67,17 @@ def _factor(side: int) -> int:
 def show(images: Images, titles: Sequence[Any] | None = None, columns: int | None = None) -> None:
     """Show images in rows of `columns` (as many as fit), each at its own pixels, titles above.
 
-    `images` is one image (3, H, W), a batch (B, 3, H, W) or a list. One under 160 px is enlarged by
-    a whole factor.
+    `images` is one image (3, H, W), a batch (B, 3, H, W) or a list. One whose shorter side is under
+    160 px is enlarged by a whole factor.
     """
     pictures = _pictures(images)
     titles = _labels(titles, n := len(pictures))
-    sides = [picture.width for picture in pictures]
+    sides = [(picture.width, _factor(min(picture.size))) for picture in pictures]
     if columns is None:
-        rows = -(-n // max(1, PAGE // (max(side * _factor(side) for side in sides) + GAP)))
+        rows = -(-n // max(1, PAGE // (max(side * factor for side, factor in sides) + GAP)))
         columns = -(-n // rows)
     room = PAGE // columns - GAP
-    boxes = [min(side * min(_factor(side), room // side or 1), room) for side in sides]
+    boxes = [min(side * min(factor, room // side or 1), room) for side, factor in sides]
     pairs = zip(pictures, boxes, strict=True)
     shown = [_resized(p, (box, max(1, round(p.height * box / p.width)))) for p, box in pairs]
     _display(_sheet(shown, titles, [""] * n, columns), _describe(pictures, titles))

@@ -108,6 +108,8 @@ def test_a_clamp_concerns_the_image_term_alone():
     weight = SCHEDULE.weight(T)
     assert weight[0] > 5 > weight[1]
     torch.testing.assert_close(clamped[1], free[1] * weight.clamp(max=5.0) / weight)
+    latent, image = alignment_loss(denoise, None, Z0, IMAGE, T, EPS, SCHEDULE, max_weight=0.0)
+    assert torch.equal(latent, free[0]) and (image == 0).all()  # nothing was decoded
 
 
 def test_gradients_reach_the_denoiser_through_a_frozen_decoder():

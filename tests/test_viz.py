@@ -140,3 +140,8 @@ def test_importing_needs_no_matplotlib():
     code = "import sys; sys.modules['matplotlib'] = sys.modules['PIL'] = None; "
     code += "sys.modules['skimage'] = None; import arbscale.viz, arbscale.data"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_wide_image_grows_by_its_height(drawn):
+    viz.show([RED.expand(3, 60, 120)] * 2)
+    assert count(drawn[0][0], (255, 0, 0)) == 2 * 180 * 360

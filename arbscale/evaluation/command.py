@@ -18,8 +18,9 @@ from arbscale.evaluation import Partial, ablation, get_protocol, reports, sets
 from arbscale.evaluation import bench as benchmark
 from arbscale.evaluation.features import fingerprint, image_name
 from arbscale.evaluation.resume import wait_for_all
+from arbscale.evaluation.steps import STEPS, evaluate_steps
 from arbscale.model import ArbitraryScaleModel, launched, pick_device
-from arbscale.samplers import Sampling
+from arbscale.samplers import SAMPLERS, Sampling
 from arbscale.store import InputError
 from arbscale.unet import pick_precision
 
@@ -36,8 +37,8 @@ class Options:
     """What is measured, on which images, and how."""
 
     model: Positional[str]  # name or folder
-    task: Literal["reconstruct", "upscale", "generate"] | None = None
-    """default: upscale for a super-resolution model, else reconstruct"""
+    task: Literal["reconstruct", "upscale", "generate", "steps"] | None = None
+    """default: upscale for a super-resolution model, else reconstruct; steps compares samplers"""
     data: str | None = None  # 'scenes', 'photos', a folder, or a name
     split: str | None = None  # train, val, test or all; default val, train to generate
     scales: tuple[float, ...] = (2.0, 3.7, 6.0)
@@ -97,7 +98,7 @@ def _evaluate(options: Options) -> None:
     wait_for_all()  # they meet before the work, whose shares take different times
     model = ArbitraryScaleModel.load(options.model).to(pick_device())
     task = options.task or ("upscale" if model.preset.low_size else "reconstruct")
-    run = _generation if task == "generate" else _pairs
+    run = _generation if task in ("generate", "steps") else _pairs
     try:
         report, partial = run(options, model, task)
     except KeyboardInterrupt:
@@ -171,20 +172,29 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
         if options.number is None:  # as many as each row of the table can have
             n = min(n, len(unseen))
     side = model.preset.image_size
+    usual = ((side, side), (2 * side, 2 * side))
     job = sets.Job(
         model,
         sets.RealPictures(real, min(reference or n, len(real))),
         sets.RealPictures(unseen, min(n, len(unseen))),
-        tuple(dict.fromkeys(options.sizes)) or ((side, side), (2 * side, 2 * side)),
+        tuple(dict.fromkeys(options.sizes)) or usual[: 1 if task == "steps" else 2],
         n,
         options.features,
         options.sampling(20),
     )
     sets.check(job, options.allow_few)
-    choices = {"data": data, "split": split, "others' split": others}
-    report = reports.header(model, task, choices | sets.protocol(job))
+    choices = {"data": data, "split": split, "others' split": others, **sets.protocol(job)}
+    if task == "steps":
+        if options.steps or len(job.sizes) > 1:
+            raise InputError(
+                f"--task steps takes one size, and the steps {STEPS}; leave --steps out"
+            )
+        choices["sampling"] |= {"steps": STEPS, "sampler": tuple(SAMPLERS)}
+        del choices["precision and recall over"], choices["self_ssim"]
+    report = reports.header(model, task, choices)
     partial = options.partial(report, fingerprint(real) + fingerprint(unseen))
-    report["results"] = sets.evaluate_generation(job, partial)
+    measure = evaluate_steps if task == "steps" else sets.evaluate_generation
+    report["results"] = measure(job, partial)
     return report, partial
 
 

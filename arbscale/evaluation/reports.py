@@ -139,7 +139,8 @@ def document(paths: Iterable[Path]) -> str:
 def table(report: dict) -> str:
     """Return a report as markdown: one line that says what it is, the table, the command."""
     report = finite(report)
-    writers = {"generate": _generation, "bench": _speed, "ablate": _ablation, "heads": _heads}
+    writers = {"generate": _generation, "steps": _steps, "bench": _speed}
+    writers |= {"ablate": _ablation, "heads": _heads}
     body = writers.get(report["task"], _pairs)(report)
     reasons = [f"{place}: {why}." for place, why in report.get("null", {}).items()]
     parts = [[_caption(report)], body, reasons, [f"Measured by `{report['command']}`."]]
@@ -156,7 +157,7 @@ def _caption(report: dict) -> str:
     if "name" in protocol:
         border = "no border" if protocol["shave"] is None else f"border scale + {protocol['shave']}"
         facts.append(f"protocol {protocol['name']} ({protocol['space'].upper()}, {border})")
-    if sampling := protocol.get("sampling"):
+    if report["task"] != "steps" and (sampling := protocol.get("sampling")):
         facts.append("{sampler}, {steps} steps, seed {seed}".format(**sampling))
     facts.append(f"{machine['device']}, threads: {machine['threads']}")
     return "; ".join(facts) + ":"
@@ -176,14 +177,14 @@ def _pairs(report: dict) -> list[str]:
 def _generation(report: dict) -> list[str]:
     """Distances by size and method; then SelfSSIM's matrices, the patches, and the neighbours."""
     protocol, results = report["protocol"], report["results"]
-    inception = protocol["features"] == "inception"  # FID is over these features only
-    title = "FID" if inception else f"Fréchet distance, {protocol['features']} features"
+    inception = protocol["features"] == "inception"
+    title = _distance_title(protocol)
     rows = [
         [
             _spell(row["size"]),
             row["method"],
             row["pictures"],
-            f"{_number(row['distance'], '.4g')} ± {_number(row['distance_pm'], '.2g')}",
+            _distance(row),
             *(f"{row[name]:.3f} ± {_number(row[name + '_pm'], '.3f')}" for name in SCORES[1:]),
         ]
         for row in results["rows"]
@@ -193,8 +194,7 @@ def _generation(report: dict) -> list[str]:
     if neighbours.startswith(over):
         networks = f"Distance, precision and recall over {neighbours}"
     lines = [
-        f"{networks}; against {protocol['reference']} real images ({protocol['real pictures']}); "
-        f"± is {protocol['interval']}.",
+        f"{networks}; {_against(protocol)}",
         "",
         *_markdown(["size", "method", "images", title, "precision", "recall"], rows),
     ]
@@ -228,6 +228,24 @@ def _matrices(consistency: dict) -> list[str]:
     ]
     columns = ["method", "variant", "measured at", *(f"against {size}" for size in sizes)]
     return [f"SelfSSIM over {consistency['pictures']} images:", "", *_markdown(columns, rows)]
+
+
+def _steps(report: dict) -> list[str]:
+    """One row per sampler and number of steps, and one for the ceiling."""
+    protocol, results = report["protocol"], report["results"]
+    rows = [
+        [row["sampler"], row["steps"], f"{row['seconds']:.3g}", _distance(row)]
+        for row in results["rows"]
+    ]
+    if ceiling := results.get("ceiling"):
+        rows.append(["first stage of other real images (ceiling)", "-", "-", _distance(ceiling)])
+    titles = ["sampler", "steps", "seconds per latent", _distance_title(protocol)]
+    return [
+        f"Size {_spell(protocol['sizes'][0])}. Distance over {protocol['distance over']}; "
+        f"{_against(protocol)}",
+        "",
+        *_markdown(titles, rows),
+    ]
 
 
 def _speed(report: dict) -> list[str]:
@@ -329,6 +347,23 @@ def _ablation(report: dict) -> list[str]:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _distance_title(protocol: dict) -> str:
+    """Return what the distance is called: FID over Inception's features only."""
+    named = protocol["features"]
+    return "FID" if named == "inception" else f"Fréchet distance, {named} features"
+
+
+def _against(protocol: dict) -> str:
+    return (
+        f"against {protocol['reference']} real images ({protocol['real pictures']}); "
+        f"± is {protocol['interval']}."
+    )
+
+
+def _distance(row: dict) -> str:
+    return f"{_number(row['distance'], '.4g')} ± {_number(row['distance_pm'], '.2g')}"
 
 
 def _spread(values: list[float | None]) -> str:

@@ -119,15 +119,15 @@ class Job:
         factor = self.model.preset.factor
         return tuple(factor * n for n in self.model.latent_grid(self.sizes[0]))
 
-    def latents(self, start: int) -> Tensor:
-        """Return the sampled latents from `start` on, `BATCH` of them or what is left."""
+    def sample(self, start: int) -> Tensor:
+        """Draw the latents from `start` on, `BATCH` of them or what is left."""
         how, count = self.sampling, min(BATCH, self.n - start)
         seed, grid = 100_000 * how.seed + start // BATCH, self.model.latent_grid(self.sizes[0])
+        return self.model.sample(count, seed, how.steps, how.sampler, grid).cpu()
 
-        def sample() -> dict[str, Tensor]:
-            return {"z": self.model.sample(count, seed, how.steps, how.sampler, grid).cpu()}
-
-        return self.partial.tensors(f"latents-{start:06d}", sample)["z"]
+    def latents(self, start: int) -> Tensor:
+        """Return what `sample` gives, drawn once and kept."""
+        return self.partial.tensors(f"latents-{start:06d}", lambda: {"z": self.sample(start)})["z"]
 
 
 def check(job: Job, allow_few: bool) -> None:
@@ -203,15 +203,15 @@ def _methods(job: Job, size: Size) -> dict[str, tuple[int, Callable[[int], Tenso
     model = job.model
 
     def own(start: int) -> Tensor:
-        return resize(eight_bits(_decode(model, job.latents(start), job.base)), size)
+        return resize(eight_bits(decode(model, job.latents(start), job.base)), size)
 
     def ceiling(start: int) -> Tensor:
         given = job.others.batch(start, job.base).to(model.device)
-        return _decode(model, torch.cat([model.first_stage.encode(x[None]) for x in given]), size)
+        return decode(model, torch.cat([model.first_stage.encode(x[None]) for x in given]), size)
 
     methods = {
         OWN: (job.n, own),
-        OURS: (job.n, lambda start: _decode(model, job.latents(start), size)),
+        OURS: (job.n, lambda start: decode(model, job.latents(start), size)),
         CEILING: (job.others.count, ceiling),
         FLOOR: (job.others.count, lambda start: job.others.batch(start, size)),
     }
@@ -220,7 +220,7 @@ def _methods(job: Job, size: Size) -> dict[str, tuple[int, Callable[[int], Tenso
     return methods
 
 
-def _decode(model: ArbitraryScaleModel, z: Tensor, size: Size) -> Tensor:
+def decode(model: ArbitraryScaleModel, z: Tensor, size: Size) -> Tensor:
     """Render latents one by one, which bounds the memory, as images (B, 3, H, W) on the CPU."""
     return torch.cat([model.decode(one[None].to(model.device), size).cpu() for one in z])
 
@@ -234,13 +234,15 @@ def _rows(job: Job, size: Size, networks: dict[str, Extractor]) -> Iterator[dict
     for method, (count, _) in _methods(job, size).items():
         if count < job.n:
             continue
-        seen = _seen(job, size, method, networks)
+        seen = features_of(job, size, method, networks)
         distance, neighbours = FEATURES[job.features]
         scores = compare_sets(seen, real, distance, neighbours, job.sampling.seed)
         yield {"size": list(size), "method": method, "pictures": len(seen[distance]), **scores}
 
 
-def _seen(job: Job, size: Size, method: str, networks: dict[str, Extractor]) -> dict[str, Tensor]:
+def features_of(
+    job: Job, size: Size, method: str, networks: dict[str, Extractor]
+) -> dict[str, Tensor]:
     """Return the features (N, D) of a method's images at one size, by network."""
     spell = f"{size[0]}x{size[1]}"
     count, images = _methods(job, size)[method]
@@ -302,9 +304,9 @@ def _consistency(job: Job) -> dict | None:
 
 
 def _matrices(job: Job, z: Tensor) -> dict[str, dict[str, list]]:
-    own = eight_bits(_decode(job.model, z, job.base))
+    own = eight_bits(decode(job.model, z, job.base))
     methods = {
-        OURS: {size: _decode(job.model, z, size) for size in job.sizes},
+        OURS: {size: decode(job.model, z, size) for size in job.sizes},
         OWN: {size: resize(own, size) for size in job.sizes},
     }
     return {
@@ -354,6 +356,6 @@ def _neighbours(job: Job, networks: dict[str, Extractor]) -> dict | None:
     levels = torch.tensor(QUANTILES, dtype=torch.float64)
     quantiles = {}
     for method in (OURS, FLOOR):
-        found = nearest_distances(_seen(job, job.base, method, networks)[name], train)
+        found = nearest_distances(features_of(job, job.base, method, networks)[name], train)
         quantiles[method] = found.quantile(levels).tolist()
     return {"pictures": whole.count, "levels": list(QUANTILES), **quantiles}

@@ -9,7 +9,7 @@ import torch
 
 from arbscale import ArbitraryScaleModel, presets
 from arbscale.data import ContinuousScenes, resize
-from arbscale.evaluation import Partial, features, sets
+from arbscale.evaluation import Partial, features, sets, steps
 from arbscale.evaluation.features import Extractor
 from arbscale.evaluation.sets import (
     CEILING,
@@ -21,7 +21,7 @@ from arbscale.evaluation.sets import (
     evaluate_generation,
 )
 from arbscale.metrics import frechet_distance, precision_recall, self_ssim
-from arbscale.samplers import Sampling
+from arbscale.samplers import SAMPLERS, Sampling
 
 CALLS = []
 
@@ -95,7 +95,7 @@ def test_every_size_has_its_rows_and_they_are_what_they_say(job, tmp_path):
 
 def test_an_interruption_costs_one_batch_and_the_reference_is_kept(job, tmp_path, monkeypatch):
     whole = evaluate_generation(job, Partial(None, {}))
-    seen, decode = [], sets._decode
+    seen, decode = [], sets.decode
 
     def stops(model, z, size):
         seen.append(size)
@@ -108,7 +108,7 @@ def test_an_interruption_costs_one_batch_and_the_reference_is_kept(job, tmp_path
     monkeypatch.setattr(
         ArbitraryScaleModel, "sample", lambda *args: sampled.append(1) or sample(*args)
     )
-    monkeypatch.setattr(sets, "_decode", stops)
+    monkeypatch.setattr(sets, "decode", stops)
     with pytest.raises(KeyboardInterrupt):
         evaluate_generation(job, Partial(tmp_path / "p", {}))
     kept = sorted(path.name for path in (tmp_path / "p").rglob("32x32*"))
@@ -207,3 +207,30 @@ def test_the_real_encoder_serves(job, monkeypatch):
     rows = evaluate_generation(small, Partial(None, {}))["rows"]
     assert all(row["distance"] > 0 for row in rows)
     assert "photos-tiny's encoder" in sets.protocol(small)["distance over"]
+
+
+def test_steps_are_compared_on_one_noise(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "STEPS", (1, 3))
+    partial = Partial(tmp_path / "p", {})
+    found = steps.evaluate_steps(job, partial)
+    assert [(row["sampler"], row["steps"]) for row in found["rows"]] == [
+        (sampler, n) for sampler in SAMPLERS for n in (1, 3)
+    ]
+    z = torch.cat(
+        [job.model.sample(20, 100_000, 3, "ddim"), job.model.sample(2, 100_001, 3, "ddim")]
+    )
+    real = colours()(ContinuousScenes(24, 32, split="train").batch(0, 24))
+    expected = frechet_distance(colours()(job.model.decode(z, 32)), real)
+    row = next(x for x in found["rows"] if (x["sampler"], x["steps"]) == ("ddim", 3))
+    assert row["distance"] == pytest.approx(expected, rel=0.02) and row["distance_pm"] > 0
+    assert row["seconds"] > 0
+    one_step = [row["distance"] for row in found["rows"] if row["steps"] == 1]
+    assert one_step == pytest.approx([one_step[0]] * len(one_step))  # all are the first estimate
+    assert "ceiling" not in found  # 24 other images, 22 samples: not as many
+    CALLS.clear()
+    assert steps.evaluate_steps(job, partial) == found and CALLS == []  # from the kept pieces
+    others = RealPictures(job.others.images, 22)
+    whole = evaluate_generation(dataclasses.replace(job, sizes=((32, 32),)), partial)["rows"]
+    ceiling = steps.evaluate_steps(dataclasses.replace(job, others=others), partial)["ceiling"]
+    row = next(row for row in whole if row["method"] == CEILING)
+    assert ceiling["distance"] == pytest.approx(row["distance"])

@@ -65,6 +65,16 @@ def test_a_table_of_generated_pictures():
     assert "| FID |" in inception and "Patch FID: 1.5 over 1000" in inception
 
 
+def test_a_table_of_steps():
+    row = {"sampler": "ddim", "steps": 5, "seconds": 0.0512, "distance": 12.345, "distance_pm": 0.1}
+    report = {**generated("alexnet"), "task": "steps", "results": {"rows": [row], "ceiling": row}}
+    report["protocol"]["sizes"] = [[64, 64]]
+    text = reports.table(report)
+    assert "| ddim | 5 | 0.0512 | 12.35 ± 0.1 |" in text
+    assert "(ceiling) | - | - | 12.35 ± 0.1 |" in text
+    assert "Fréchet distance, alexnet features |" in text and "20 steps" not in text
+
+
 def test_a_table_of_pairs_and_of_speeds():
     values = {"psnr": 27.125, "ssim": 0.81236, "lpips": 0.1}
     report = {
