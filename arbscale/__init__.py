@@ -14,8 +14,8 @@ if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_
 from arbscale import metrics, presets
 from arbscale.autoencoder import FirstStage
 from arbscale.liif import LIIF
-from arbscale.model import ArbitraryScaleModel, pick_device
-from arbscale.unet import UNet
+from arbscale.model import ArbitraryScaleModel
+from arbscale.unet import UNet, pick_device
 
 __version__ = "0.1.0"
 REPOSITORY = "arbscale/arbscale"  # owner/name on GitHub; badges and the Colab cell take it

@@ -20,9 +20,10 @@ from arbscale.coords import Size, check_size, scaled_size
 from arbscale.data import batches
 from arbscale.data import output as output_files
 from arbscale.evaluation.command import ablate, bench, evaluate, table
-from arbscale.model import ArbitraryScaleModel, launched, pick_device
+from arbscale.model import ArbitraryScaleModel
 from arbscale.samplers import Sampling
 from arbscale.store import InputError
+from arbscale.unet import launched, pick_device
 
 MAX_PIXELS = 400_000_000  # of an output file; more than an image viewer opens
 MAX_SIDE = 100_000  # pixels

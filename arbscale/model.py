@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -29,19 +28,6 @@ BORDER = 4  # latent pixels by which tiles reach beyond an image
 LARGEST = 2**25  # bytes of the encoder's widest activation of a tile, in float32
 Progress = Callable[[int, int], None]
 """`progress(done, total)` after each denoising step of the whole job."""
-
-
-def launched() -> tuple[int, int]:
-    """Return which process this is of how many that accelerate or torchrun launched together."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def pick_device() -> torch.device:
-    """Return the fastest device there is: CUDA (of several processes to each its own), MPS, CPU."""
-    if torch.cuda.is_available():
-        own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-        return torch.device("cuda", own) if launched()[1] > 1 else torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 class ArbitraryScaleModel(nn.Module):

@@ -101,9 +101,8 @@ def tiles(size: Size, side: int, overlap: int, border: int = 0) -> Iterator[Tile
     if not 0 <= overlap < side:
         raise InputError(f"a tile of {side} px cannot overlap by {overlap} px; take a larger tile")
     rows, cols = (_spans(n + 2 * border, side, overlap) for n in size)
-    for top, bottom, over_top in rows:
-        for left, right, over_left in cols:
-            yield Tile(top, left, bottom, right, over_top, over_left, border)
+    for (top, bottom, over_top), (left, right, over_left) in itertools.product(rows, cols):
+        yield Tile(top, left, bottom, right, over_top, over_left, border)
 
 
 def _spans(n: int, side: int, overlap: int) -> list[tuple[int, int, int]]:
@@ -214,8 +213,6 @@ def bands(
 
     Parameters
     ----------
-    first_stage
-        Decodes, on its own device.
     low
         The input (3, h, w): floats in [-1, 1], or uint8.
     size
@@ -232,22 +229,18 @@ def bands(
     first = _depends(n, size[0], row, row + 1)[-1][0] if corrected else row
     above = (first + 0.5) * n / size[0]  # in rows of the input
     below = (part for part in latents if part[0].bottom - part[0].border > above)
-    features = _features(first_stage, below, dtype)
-    found = _decoded(first_stage.liif, low, size, features, first)
+
+    def features(z: Tensor) -> Tensor:
+        with computing(z.device, dtype):
+            return first_stage.features(z.contiguous(memory_format=torch.channels_last)).to(z)
+
+    decoded = ((tile, features(z)) for tile, z in below)
+    found = _painted(first_stage.liif, low, size, decoded, first)
     for band in _back_projected(found, low, size, row, first) if corrected else found:
         yield band.clamp(-1, 1)
 
 
-def _features(
-    first_stage: FirstStage, latents: Iterable[tuple[Tile, Tensor]], dtype: torch.dtype
-) -> Iterator[tuple[Tile, Tensor]]:
-    for tile, z in latents:
-        with computing(z.device, dtype):
-            found = first_stage.features(z.contiguous(memory_format=torch.channels_last))
-        yield tile, found.to(z)
-
-
-def _decoded(
+def _painted(
     liif: LIIF | InterpolatedLIIF,
     low: Tensor,
     size: Size,
@@ -258,7 +251,7 @@ def _decoded(
     held: list[tuple[Tile, Tensor, Axes]] = []  # those that may reach below row `first`
     step = max(1, BAND // size[1])
 
-    def painted(stop: int) -> Iterator[Tensor]:
+    def until(stop: int) -> Iterator[Tensor]:
         for top in range(first, stop, step):
             band = torch.empty(3, min(step, stop - top), size[1], device=low.device)
             for part in held:
@@ -268,10 +261,10 @@ def _decoded(
     for _, parts in itertools.groupby(tiles, key=lambda part: part[0].top):
         row = [(*part, part[0].axes(low.shape[-2:], size)) for part in parts]
         (top, *_), *_ = row[0][-1]
-        yield from painted(top)
+        yield from until(top)
         first = max(first, top)
         held = [part for part in held if sum(part[-1][0][::2]) > first] + row
-    yield from painted(size[0])
+    yield from until(size[0])
 
 
 def _paint_tile(
@@ -319,9 +312,8 @@ def _back_projected(
     rgb = torch.empty(3, 0, size[1], device=low.device)
     for band in bands:
         rgb = torch.cat([rgb, band], dim=1)
-        end = first + rgb.shape[1]
-        last = range(done, total)
-        stop = done + bisect_right(last, end, key=lambda x: _depends(n, total, done, x + 1)[-1][1])
+        end, rest = first + rgb.shape[1], range(done, total)
+        stop = done + bisect_right(rest, end, key=lambda x: _depends(n, total, done, x + 1)[-1][1])
         if stop == done:
             continue
         of_low, of_rgb, of_error, _ = _depends(n, total, done, stop)
@@ -394,8 +386,6 @@ def paste(out: Tensor, rgb: Tensor, window: Window, y: Tensor, x: Tensor, tile: 
     as they are.
     """
     top, left, height, width = window
-    if not height or not width:
-        return
     fade_in_y = _ramp(y, tile.over_top / (tile.bottom - tile.top))
     fade_in_x = _ramp(x, tile.over_left / (tile.right - tile.left))
     alpha = (fade_in_y[:, None] * fade_in_x).to(out)  # (h, w)

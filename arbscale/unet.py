@@ -7,6 +7,7 @@ The layout is that of Dhariwal and Nichol 2021 in the form that latent diffusion
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -242,6 +243,19 @@ def limit_attention(network: nn.Module, window: int) -> None:
         for level, parts in enumerate(zip(network.down, reversed(network.up), strict=True)):
             for part in parts:
                 limit_attention(part, window >> level)
+
+
+def launched() -> tuple[int, int]:
+    """Return which process this is of how many that accelerate or torchrun launched together."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def pick_device() -> torch.device:
+    """Return the fastest device there is: CUDA (of several processes to each its own), MPS, CPU."""
+    if torch.cuda.is_available():
+        own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        return torch.device("cuda", own) if launched()[1] > 1 else torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:

@@ -25,10 +25,11 @@ from arbscale.evaluation.reports import header
 from arbscale.evaluation.resume import Partial
 from arbscale.evaluation.sets import BATCH, RealPictures, batch_starts
 from arbscale.metrics import frechet_distance, precision_recall
-from arbscale.model import ArbitraryScaleModel, pick_device
+from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset
 from arbscale.store import InputError, content_key
 from arbscale.training import Run
+from arbscale.unet import pick_device
 
 FIRST_STAGES = {"scenes": ("scenes", "scenes"), "cats": ("photos-tiny", "afhq_cats")}
 """By data: the shipped model whose first stage all contestants share, and the data set's name."""

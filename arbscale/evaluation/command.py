@@ -19,10 +19,10 @@ from arbscale.evaluation import bench as benchmark
 from arbscale.evaluation.features import fingerprint, image_name
 from arbscale.evaluation.resume import wait_for_all
 from arbscale.evaluation.steps import STEPS, evaluate_steps
-from arbscale.model import ArbitraryScaleModel, launched, pick_device
+from arbscale.model import ArbitraryScaleModel
 from arbscale.samplers import SAMPLERS, Sampling
 from arbscale.store import InputError
-from arbscale.unet import pick_precision
+from arbscale.unet import launched, pick_device, pick_precision
 
 MAX_BATCH = 100_000  # of bench
 MAX_SCALE = 64  # of evaluate; LPIPS of larger images would not fit into memory

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from arbscale import store
-from arbscale.model import launched
+from arbscale.unet import launched
 
 T, Item = TypeVar("T"), TypeVar("Item")
 
