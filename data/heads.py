@@ -26,8 +26,9 @@ from arbscale.evaluation import (
     reconstruction_rows,
     reports,
 )
-from arbscale.model import ArbitraryScaleModel, pick_device
+from arbscale.model import ArbitraryScaleModel
 from arbscale.samplers import Sampling
+from arbscale.unet import pick_device
 
 DATA, SPLIT, NUMBER = "afhq_cats256", "val", 100
 SCALES = (0.5, 1, 1.5625, 2)  # of 128 px
