@@ -86,7 +86,8 @@ def train_decoder(
     Each step draws a target size, uniform in `preset.target_sizes` as far as the images reach, and
     compares `POINTS` scattered pixels of each image by L1, and all pixels of a window, too, where
     `preset.crop` is set. LPIPS counts in full up to the encoder's input size, and less and less
-    from there to four times that size, where it is left out. With `freeze_encoder=False` the
+    from there to four times that size, where it is left out. Patterns that repeat with each latent
+    pixel of the window cost `preset.lattice_weight`. With `freeze_encoder=False` the
     encoder is trained along, as in the released code's default.
     Implements the first stage of Kim and Kim 2024.
     """

@@ -450,6 +450,16 @@ def test_lpips_enters_the_losses():
     assert ends[1] > ends[0] + 0.1
 
 
+def test_the_lattice_enters_the_decoders_loss_with_its_weight(monkeypatch):
+    model, losses = build(lattice_weight=7.0, crop=16), []
+    stage = first_stage.DecoderStage(model.first_stage, SOURCE, model.preset, True)
+    drawn = stage.draw(seeded(), slice(0, 4))
+    for value in (0.0, 0.5):
+        monkeypatch.setattr(first_stage, "_lattice", lambda *_, value=value: value)
+        losses.append(stage(**drawn).item())
+    assert losses[1] - losses[0] == pytest.approx(3.5, rel=1e-4)
+
+
 # What a run changes, and what it must not ---------------------------------------------------------
 
 
