@@ -170,9 +170,10 @@ class ArbitraryScaleModel(nn.Module):
         self._check_precision()
         sampling = Sampling(steps, sampler, seed)
         if isinstance(image, Tensor) and image.ndim == 4:
-            if not (n := len(image)) or to:
-                limit = "a file holds one image, a batch at least one"
-                raise InputError(f"{limit}, got {tuple(image.shape)}")
+            if to:
+                raise InputError("a file holds one image; call once for each image of the batch")
+            if not (n := len(image)):
+                raise InputError(f"a batch holds at least one image, got {tuple(image.shape)}")
 
             def one(i: int) -> Tensor:
                 report = progress and (lambda done, total: progress(i * total + done, n * total))
