@@ -73,6 +73,7 @@ class Preset:
     kl_weight: float = 1e-6  # of the posterior's divergence, while the encoder is trained
     lpips_weight: float = 0.0  # of LPIPS beside L1; wants `crop`
     lattice_weight: float = 0.0  # of patterns that repeat with each latent pixel; wants `crop`
+    flat: float = 0.0  # share of random crops that are reduced to their mean colour
     crop: int = 0  # side of a window of LIIF's targets, beside scattered points; 0: none
     prediction: Literal["eps", "v"] = "eps"  # what the denoiser gives: the noise or the velocity
 
@@ -90,6 +91,8 @@ class Preset:
             raise InputError(f"LPIPS takes crop, image_size, target_sizes from 32 px, got {sides}")
         if self.lattice_weight and not self.crop:
             raise InputError("lattice_weight is a weight of windows; set crop to their side")
+        if self.flat > 1:
+            raise InputError(f"flat is a share of all crops, from 0 to 1, got {self.flat}")
 
     @property
     def factor(self) -> int:

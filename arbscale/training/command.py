@@ -55,6 +55,7 @@ class TrainOptions:
     """of each stage: autoencoder, decoder, diffusion, alignment"""
     seed: int = 0  # decides everything
     joint: bool = False  # the decoder's stage trains the encoder, too
+    resampled: float = 0.0  # share of the decoder's steps on latents that the denoiser sampled
     start: str | None = None  # start from this model's weights: a name or a folder
     teacher: Path | None = None
     """TAESD's encoder, a safetensors file: a tiny encoder takes its weights, or learns its latents
@@ -72,6 +73,8 @@ class TrainOptions:
         Sampling(seed=self.seed)  # refuses a seed that no generator takes
         if min(self.steps) < 0:
             raise InputError(f"steps are at least 0, got {self.steps}")
+        if not 0 <= self.resampled <= 1:
+            raise InputError(f"resampled is a share from 0 to 1, got {self.resampled}")
         if self.max_weight is not None and not self.max_weight > 0:
             raise InputError(f"max_weight is positive, got {self.max_weight}")
         if self.pool is not None and self.pool < 2:
@@ -194,8 +197,9 @@ def _stages(
         yield "student", first_stage.distil_encoder(*pair, autoencoder, **common)
         autoencoder = 0
     if autoencoder or decoder:
-        steps, joint = (autoencoder, decoder), options.joint
-        losses = first_stage.train_first_stage(model, source, *steps, joint=joint, **common)
+        steps = autoencoder, decoder
+        how = {"joint": options.joint, "resampled": options.resampled}
+        losses = first_stage.train_first_stage(model, source, *steps, **how, **common)
         yield "first stage", losses
     if diffusion:
         losses = denoiser.train_diffusion(model, source, diffusion, pool=options.pool, **common)

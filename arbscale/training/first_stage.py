@@ -28,10 +28,11 @@ from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset, build_decoder
 from arbscale.training.draws import step_generator
 from arbscale.training.loop import Run, Stage, optimise
+from arbscale.training.losses import lattice, perceptual
 from arbscale.training.pruning import inherit
+from arbscale.training.resample import Resample
 from arbscale.training.sources import Batch, Source
 
-HARMONICS = 4  # of the latent grid's frequency, along each axis
 POINTS = 1024  # of each target, where LIIF is compared with the ground truth
 EXAMPLES = 32  # images on which the channels of an encoder are weighed
 REMEMBERED = 1 << 30  # bytes of latents that a stage with a frozen encoder keeps
@@ -80,6 +81,7 @@ def train_decoder(
     seed: int = 0,
     freeze_encoder: bool = True,
     run: Run | None = None,
+    resample: Resample | None = None,
 ) -> list[float]:
     """Train the symmetric decoder and LIIF on the frozen encoder's latents.
 
@@ -88,10 +90,12 @@ def train_decoder(
     `preset.crop` is set. LPIPS counts in full up to the encoder's input size, and less and less
     from there to four times that size, where it is left out. Patterns that repeat with each latent
     pixel of the window cost `preset.lattice_weight`. With `freeze_encoder=False` the
-    encoder is trained along, as in the released code's default.
+    encoder is trained along, as in the released code's default. Latents that the denoiser sampled
+    differ from encoded ones; with `resample` the decoder learns on both.
     Implements the first stage of Kim and Kim 2024.
     """
-    return optimise(DecoderStage(first_stage, source, preset, freeze_encoder), steps, seed, run)
+    stage = DecoderStage(first_stage, source, preset, freeze_encoder, resample)
+    return optimise(stage, steps, seed, run)
 
 
 def train_first_stage(
@@ -102,16 +106,20 @@ def train_first_stage(
     seed: int = 0,
     joint: bool = False,
     run: Run | None = None,
+    resampled: float = 0.0,
 ) -> list[float]:
     """Pre-train the encoder, freeze it, train decoder and LIIF; return the latter's losses.
 
-    With `joint` the second part trains the encoder, too. Either part may have no steps.
+    With `joint` the second part trains the encoder, too. Either part may have no steps. A share
+    `resampled` of the second part's steps is on latents that the model's denoiser sampled.
     """
     preset, first_stage = model.preset, model.first_stage
     if autoencoder_steps:
         helper = build_decoder(preset).to(model.device)
         train_autoencoder(first_stage.encoder, helper, source, preset, autoencoder_steps, seed, run)
-    return train_decoder(first_stage, source, preset, decoder_steps, seed, not joint, run)
+    resample = Resample(model, resampled) if resampled else None
+    given = (first_stage, source, preset, decoder_steps, seed, not joint, run, resample)
+    return train_decoder(*given)
 
 
 class ImageStage(Stage):
@@ -213,7 +221,7 @@ class AutoencoderStage(ImageStage):
         z, divergence = _sample_latent(self.encoder(image), noise)
         rgb = self.decoder(z)
         loss = F.l1_loss(rgb, image) + self.preset.kl_weight * divergence
-        return loss + _perceptual(self.preset, rgb, image)
+        return loss + perceptual(self.preset, rgb, image)
 
     @torch.no_grad()
     def preview(self) -> list[tuple[Tensor, str]]:
@@ -250,15 +258,22 @@ class DecoderStage(FrozenEncoderStage):
     name = "decoder"
 
     def __init__(
-        self, first_stage: FirstStage, source: Source, preset: Preset, freeze_encoder: bool
+        self,
+        first_stage: FirstStage,
+        source: Source,
+        preset: Preset,
+        freeze_encoder: bool,
+        resample: Resample | None = None,
     ):
         super().__init__(source, preset)
+        self.resample = resample
         self.first_stage, self.joint = first_stage.requires_grad_(True), not freeze_encoder
         first_stage.encoder.requires_grad_(self.joint)
 
     def facts(self) -> dict[str, Any]:
         """Return the images, and whether the encoder learns."""
-        return {**super().facts(), "joint": self.joint}
+        odds = {"resampled": self.resample.odds} if self.resample else {}
+        return {**super().facts(), "joint": self.joint, **odds}
 
     def draw(self, generator: torch.Generator, part: slice) -> dict[str, Tensor]:
         """Return images, and points of them at a size that is drawn, with their colours."""
@@ -277,7 +292,16 @@ class DecoderStage(FrozenEncoderStage):
             "colors": batch.colors(size, coords),
             **numbers,
             **(self.posterior_noise(generator, part) if self.joint else {}),
+            **self.restart(batch, generator, part),
         }
+
+    def restart(self, batch: Batch, generator: torch.Generator, part: slice) -> dict[str, Tensor]:
+        """Draw what latents are sampled anew from, in the steps where they are."""
+        first = self.resample and self.resample.first(generator)
+        if first is None:
+            return {}
+        low = self.low(batch.image(self.preset.image_size))
+        return {**low, "start": self.noise(generator, part), "first": torch.tensor(first)}
 
     def forward(
         self,
@@ -287,12 +311,17 @@ class DecoderStage(FrozenEncoderStage):
         colors: Tensor,
         noise: Tensor | None = None,
         numbers: Tensor | None = None,
+        start: Tensor | None = None,
+        first: Tensor | None = None,
+        low: Tensor | None = None,
     ) -> Tensor:
         """Return the L1 error, with LPIPS of the windows and the divergence where wanted."""
         if self.joint:
             z, divergence = _sample_latent(self.first_stage.encoder(image), noise)
         else:
             z, divergence = self.latents(self.first_stage.encode, image, numbers), 0.0
+        if start is not None:
+            z = self.resample(z, start, int(first), low)
         rgb = self.first_stage.liif.query(self.first_stage.features(z), coords, cells)  # (B, N, 3)
         loss = F.l1_loss(rgb, colors) + self.preset.kl_weight * divergence
         side = math.isqrt(rgb.shape[1] - POINTS)
@@ -301,10 +330,10 @@ class DecoderStage(FrozenEncoderStage):
         places = coords[:, POINTS:].unflatten(1, (side, side))  # (B, side, side, 2)
         windows = [x[:, POINTS:].mT.unflatten(-1, (side, side)) for x in (rgb, colors)]
         if self.preset.lattice_weight:
-            loss = loss + self.preset.lattice_weight * _lattice(*windows, places, z.shape[-1])
+            loss = loss + self.preset.lattice_weight * lattice(*windows, places, z.shape[-1])
         # What is finer than the encoder's input no latent holds: there LPIPS would invent.
         known = self.preset.image_size * cells[0, 0]  # twice the input's side over the target's
-        return loss + known.clamp(max=1) ** 4 * _perceptual(self.preset, *windows)
+        return loss + known.clamp(max=1) ** 4 * perceptual(self.preset, *windows)
 
     @torch.no_grad()
     def preview(self) -> list[tuple[Tensor, str]]:
@@ -337,46 +366,3 @@ def _points(size: int, crop: int, n: int, generator: torch.Generator) -> Tensor:
     corners = torch.randint(size - side + 1, (n, 2), generator=generator).tolist()
     windows = [centres[y : y + side, x : x + side] for y, x in corners]
     return torch.stack(windows).flatten(1, 2)
-
-
-def _lattice(rgb: Tensor, target: Tensor, coords: Tensor, n: int) -> Tensor | float:
-    """Energy of what repeats with each of n x n latent pixels in windows (B, 3, s, s).
-
-    LPIPS takes dots and dashes at one place of every latent pixel for texture. Neither the colour's
-    error nor the sharpness, the absolute value of the Laplacian, should depend on the place in the
-    latent pixel: their means over the batch as functions of that place are given by their Fourier
-    coefficients at the grid's frequency and its harmonics. `coords` (B, s, s, 2) are the pixels'
-    centres.
-    """
-    period = 2 / n / float(coords[0, 1, 0, 0] - coords[0, 0, 0, 0])  # in pixels
-    most = min(HARMONICS, int(period / 2 + 1e-3))  # as far as pixels can tell
-    if not most:
-        return 0.0
-    inner = slice(1, -1)
-    both = torch.cat([(rgb - target)[..., inner, inner], _laplacian(rgb).abs()], dim=1)
-    both = both - both.mean(dim=(2, 3), keepdim=True)
-    both = both.movedim(1, -1).flatten(0, -2)  # (B*(s - 2)**2, 6)
-    k = torch.arange(-most, most + 1, device=coords.device)
-    turns = (coords[:, inner, inner, :, None] + 1) * (math.pi * n) * k  # (B, s - 2, s - 2, 2, k)
-    y, x = torch.polar(torch.ones_like(turns), turns).unbind(-2)
-    waves = (y[..., :, None] * x[..., None, :]).flatten(0, 2).flatten(1)  # (B*(s - 2)**2, k*k)
-    waves = waves[:, : len(k) ** 2 // 2]  # without the constant, and one of each conjugate pair
-    mean = waves.mT @ both.to(waves) / len(waves)  # (waves, 6)
-    return mean.abs().square().sum()
-
-
-def _laplacian(image: Tensor) -> Tensor:
-    """Four times each inner pixel less its neighbours: (..., s, s) -> (..., s - 2, s - 2)."""
-    rows = 2 * image[..., 1:-1, :] - image[..., :-2, :] - image[..., 2:, :]
-    cols = 2 * image[..., :, 1:-1] - image[..., :, :-2] - image[..., :, 2:]
-    return rows[..., 1:-1] + cols[..., 1:-1, :]
-
-
-def _perceptual(preset: Preset, rgb: Tensor, target: Tensor) -> Tensor | float:
-    """Weighted LPIPS of images (B, 3, H, W), where the preset asks for it."""
-    if not preset.lpips_weight:
-        return 0.0
-    from arbscale.metrics import lpips_network
-
-    network = lpips_network("alex").to(rgb.device).requires_grad_(False)
-    return preset.lpips_weight * network(rgb, target).mean()

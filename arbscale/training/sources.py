@@ -22,6 +22,8 @@ from arbscale.data import Scenes, render_scenes, resize, sample_scenes, scene_co
 from arbscale.presets import Preset
 from arbscale.store import InputError
 
+SEEDS = 1 << 62  # of a crop
+
 
 class Batch(Protocol):
     """Some images at any size; beyond `largest` there is no more detail."""
@@ -113,20 +115,25 @@ class SceneSource:
 class PhotoSource:
     """Draw random crops of photographs (3, H, W), flipped half of the time.
 
-    The crop's side is drawn for the whole batch, uniform in `sides`.
+    The crop's side is drawn for the whole batch, uniform in `sides`. A share `flat` of the crops is
+    reduced to the mean colour: photographs have few smooth areas, where errors show most.
     """
 
     images: Sequence[Tensor]
     sides: tuple[int, int]
+    flat: float = 0.0
 
     def __call__(self, n: int, generator: torch.Generator, part: slice | None = None) -> PhotoBatch:
         """Draw n crops, each by a generator of its own: only those of `part` are read."""
         side = int(torch.randint(self.sides[0], self.sides[1] + 1, (), generator=generator))
         picks = torch.randint(len(self.images), (n,), generator=generator).tolist()
-        seeds = torch.randint(1 << 62, (n,), generator=generator).tolist()
+        seeds = torch.randint(SEEDS, (n,), generator=generator).tolist()
         wanted = range(n)[part or slice(None)]
-        crops = [training_crop(self.images[picks[i]], side, seeds[i]) for i in wanted]
-        return PhotoBatch(torch.stack(crops))
+        crops = torch.stack([training_crop(self.images[picks[i]], side, seeds[i]) for i in wanted])
+        for crop, i in zip(crops, wanted, strict=True):
+            if seeds[i] < self.flat * SEEDS:
+                crop[:] = crop.mean(dim=(1, 2), keepdim=True)
+        return PhotoBatch(crops)
 
     @cached_property
     def distinct(self) -> int | None:
@@ -146,7 +153,8 @@ class PhotoSource:
         whole = self.images.dataset if isinstance(self.images, Subset) else self.images
         if isinstance(whole, list | tuple):  # in memory
             images = [*self.images]
-        return images and f"photographs {store.content_key(images)}, crops {self.sides}"
+        drawn = f"{self.sides}, {self.flat} flat" if self.flat else f"{self.sides}"
+        return images and f"photographs {store.content_key(images)}, crops {drawn}"
 
     @cached_property
     def contents(self) -> dict[str, Any]:
@@ -169,7 +177,7 @@ def scene_source(count: int = 1 << 20, seed: int = 0) -> SceneSource:
 def photo_source(images: Sequence[Tensor], preset: Preset) -> PhotoSource:
     """Draw random crops, their side uniform between the encoder's input and the largest target."""
     smallest = preset.image_size
-    return PhotoSource(images, (smallest, max(smallest, preset.target_sizes[1])))
+    return PhotoSource(images, (smallest, max(smallest, preset.target_sizes[1])), preset.flat)
 
 
 def whole_source(images: Sequence[Tensor]) -> PhotoSource:

@@ -26,6 +26,7 @@ from arbscale.training import (
     distil_encoder,
     finetune_alignment,
     first_stage,
+    losses,
     photo_source,
     scene_source,
     train_autoencoder,
@@ -434,7 +435,7 @@ def test_lpips_counts_less_beyond_twice_what_the_encoder_sees(monkeypatch, size,
     drawn = stage.draw(seeded(), slice(0, 4))
     losses = []
     for value in (0.0, 5.0):
-        monkeypatch.setattr(first_stage, "_perceptual", lambda *_, value=value: value)
+        monkeypatch.setattr(first_stage, "perceptual", lambda *_, value=value: value)
         losses.append(stage(**drawn).item())
     assert losses[1] - losses[0] == pytest.approx(5 * share, rel=1e-4)
 
@@ -455,7 +456,7 @@ def test_the_lattice_enters_the_decoders_loss_with_its_weight(monkeypatch):
     stage = first_stage.DecoderStage(model.first_stage, SOURCE, model.preset, True)
     drawn = stage.draw(seeded(), slice(0, 4))
     for value in (0.0, 0.5):
-        monkeypatch.setattr(first_stage, "_lattice", lambda *_, value=value: value)
+        monkeypatch.setattr(first_stage, "lattice", lambda *_, value=value: value)
         losses.append(stage(**drawn).item())
     assert losses[1] - losses[0] == pytest.approx(3.5, rel=1e-4)
 
@@ -562,7 +563,7 @@ def test_the_lattice_loss_sees_what_repeats_with_the_latent_pixel():
 
     def loss(error: torch.Tensor) -> torch.Tensor:
         rgb = target + nn.functional.pad(error, (1, 1, 1, 1))
-        return first_stage._lattice(rgb, target, coords, 8)
+        return losses.lattice(rgb, target, coords, 8)
 
     places = torch.randperm(64 * 64, generator=texture)
     signs = torch.randn(8, 8, generator=texture).sign()
@@ -572,6 +573,6 @@ def test_the_lattice_loss_sees_what_repeats_with_the_latent_pixel():
         assert loss(dots.flatten()[places].view(64, 64)) < loss(dots) / 10
     # The errors' part: a cosine is a coefficient of a half for each channel.
     smooth = (torch.arange(66) * (math.pi / 4)).cos().expand(1, 3, 66, 66)
-    error = first_stage._lattice(smooth, torch.zeros_like(smooth), coords, 8)
+    error = losses.lattice(smooth, torch.zeros_like(smooth), coords, 8)
     assert 3 * 0.5**2 < error < 3 * 0.6**2
-    assert first_stage._lattice(target, target, grid((66, 66))[None], 40) == 0  # too fine to tell
+    assert losses.lattice(target, target, grid((66, 66))[None], 40) == 0  # too fine to tell
