@@ -247,11 +247,16 @@ def photos() -> Preset:
         image_size=96,
         low_size=24,
         target_sizes=(48, 192),
+        padding="replicate",
+        head="interpolated",
+        finer=2,
         diffusion_batch=16,
         first_stage_lr=1e-3,
         kl_weight=1e-4,
         lpips_weight=0.25,
-        crop=40,
+        lattice_weight=100.0,
+        flat=0.125,
+        crop=64,
         prediction="v",
     )
 

@@ -151,6 +151,40 @@ def dpm_solver_pp(
 
     It is deterministic: `generator` is unused.
     """
+    return _multistep(denoise, z, schedule, timesteps, final_alpha_bar, None, callback)
+
+
+@torch.no_grad()
+def sde_dpm_solver_pp(
+    denoise: Denoiser,
+    z: Tensor,
+    schedule: NoiseSchedule,
+    timesteps: Timesteps = 25,
+    *,
+    final_alpha_bar: float = 1.0,
+    generator: torch.Generator | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Second-order multistep solver of the diffusion's SDE: fresh noise hides earlier errors.
+
+    Implements SDE-DPM-Solver++(2M) of Lu et al. 2022b, appendix: `dpm_solver_pp` that removes twice
+    as much noise in each step and puts half of it back anew. A denoiser's errors add up along the
+    ODE, and are replaced by noise along the SDE.
+    """
+    draw = _drawing(z, generator)
+    return _multistep(denoise, z, schedule, timesteps, final_alpha_bar, draw, callback)
+
+
+def _multistep(
+    denoise: Denoiser,
+    z: Tensor,
+    schedule: NoiseSchedule,
+    timesteps: Timesteps,
+    final_alpha_bar: float,
+    draw: Callable[[int], Tensor] | None,
+    callback: Callback | None,
+) -> Tensor:
+    """Solve the ODE, or the SDE where noise is drawn, in steps of lambda."""
     steps, alpha_bars = _grid(schedule, timesteps, final_alpha_bar)
     lambdas = [_half_log_snr(alpha_bar) for alpha_bar in alpha_bars]
     z_0_before = None
@@ -164,7 +198,11 @@ def dpm_solver_pp(
         else:
             step_before = lambdas[i] - lambdas[i - 1]
             middle = z_0 + step / (2 * step_before) * (z_0 - z_0_before)  # (B, c, h, w)
-        z = ((1 - to) / (1 - now)) ** 0.5 * z - to**0.5 * math.expm1(-step) * middle
+        way, fade = (2 * step, math.exp(-step)) if draw else (step, 1.0)
+        kept = ((1 - to) / (1 - now)) ** 0.5 * fade
+        z = kept * z - to**0.5 * math.expm1(-way) * middle
+        if draw and to < 1:
+            z = z + (-(1 - to) * math.expm1(-way)) ** 0.5 * draw(t).to(z)
         z_0_before = z_0
         if callback:
             callback(i, z, z_0)
@@ -175,10 +213,11 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "dpm_solver_pp": dpm_solver_pp,
+    "sde_dpm_solver_pp": sde_dpm_solver_pp,
 }
 """The samplers by name."""
 
-POWERS = {"dpm_solver_pp": 2.0}
+POWERS = {"dpm_solver_pp": 2.0, "sde_dpm_solver_pp": 2.0}
 """`power` of the grid of steps that suits a sampler, where it is not even (1)."""
 
 

@@ -15,6 +15,7 @@ from arbscale.samplers import (
     ddpm,
     dpm_solver_pp,
     get_sampler,
+    sde_dpm_solver_pp,
     spaced_timesteps,
 )
 
@@ -139,6 +140,21 @@ def test_dpm_solver_pp_to_some_noise_agrees_with_diffusers(n):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 2, 8, 15, 20])
+def test_sde_dpm_solver_pp_agrees_with_diffusers(n):
+    scheduler, timesteps = reference(
+        "DPMSolverMultistepScheduler",
+        n,
+        algorithm_type="sde-dpmsolver++",
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+        timestep_spacing="linspace",
+    )
+    theirs = run_diffusers(scheduler, start(), timesteps, generator=seeded(3))
+    ours = sde_dpm_solver_pp(toy, start(), SCHEDULE, timesteps, generator=seeded(3))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 # --- against the closed form ---
 
 
@@ -172,7 +188,8 @@ def test_deterministic_samplers_reach_the_clean_gaussian():
 
 
 @pytest.mark.parametrize(
-    ("sampler", "options"), [(ddpm, {}), (ddim, {"eta": 1.0}), (ddim, {"eta": 0.5})]
+    ("sampler", "options"),
+    [(ddpm, {}), (ddim, {"eta": 1.0}), (ddim, {"eta": 0.5}), (sde_dpm_solver_pp, {})],
 )
 def test_stochastic_samplers_have_the_gaussians_moments(sampler, options):
     z = torch.randn((20, 1, 50, 50), generator=seeded(0))
@@ -242,7 +259,7 @@ def test_every_sampler_can_be_called_by_name(name):
         return sampler(toy, start(), SCHEDULE, steps, generator=seeded(seed), callback=None)
 
     torch.testing.assert_close(run(1), run(1), rtol=0, atol=0)
-    assert torch.equal(run(1), run(2)) == (name != "ddpm")
+    assert torch.equal(run(1), run(2)) == (name in ("ddim", "dpm_solver_pp"))
     torch.testing.assert_close(run(1), run(1, spaced_timesteps(1000, 6)))
     torch.testing.assert_close(run(1), run(1, torch.tensor(spaced_timesteps(1000, 6))))
 
@@ -333,7 +350,21 @@ def test_final_alpha_bar_is_checked(name, final):
         SAMPLERS[name](toy, start(), SCHEDULE, 10, final_alpha_bar=final)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_the_sde_forgets_an_early_error_that_the_ode_keeps():
+    """A denoiser that is wrong until step 500, and exact from there on."""
+    z = torch.randn((20, 1, 50, 50), generator=seeded(0))
+    grid = spaced_timesteps(1000, 100, power=2)
+
+    def late(z, t):
+        return gaussian(z, t) + (0.3 if int(t[0]) >= 500 else 0.0)
+
+    def error(sampler):
+        return abs(sampler(late, z, SCHEDULE, grid, generator=seeded(1)).mean().item() - MU)
+
+    assert error(sde_dpm_solver_pp) < error(dpm_solver_pp) / 2
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "sde_dpm_solver_pp"])
 def test_generator_is_checked(name):
     class Elsewhere:
         device = torch.device("cuda")
@@ -347,7 +378,10 @@ def test_unknown_sampler():
         get_sampler("euler")
 
 
-@pytest.mark.parametrize(("name", "power"), [("ddpm", 1), ("ddim", 1), ("dpm_solver_pp", 2)])
+@pytest.mark.parametrize(
+    ("name", "power"),
+    [("ddpm", 1), ("ddim", 1), ("dpm_solver_pp", 2), ("sde_dpm_solver_pp", 2)],
+)
 def test_sampling_takes_the_grid_that_suits_its_sampler(name, power):
     sampling = Sampling(6, name, seed=3)
     out = sampling.run(toy, start(), SCHEDULE, sampling.generator())
