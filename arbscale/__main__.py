@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import sys
@@ -29,6 +30,7 @@ MAX_PIXELS = 400_000_000  # of an output file; more than an image viewer opens
 MAX_SIDE = 100_000  # pixels
 LARGE = 16_000_000  # pixels; from here on a TIFF file is written in bands
 BATCH, BATCH_PIXELS = 16, 4_000_000  # generated at a time, at most
+MAX_NUMBER = 10**9  # of images
 Output = Annotated[Path, arg(aliases=["-o"], help="an image file")]
 Model = Annotated[str, arg(help="name or folder")]
 Quality = Annotated[int, arg(help="of JPEG, WebP and AVIF, 1 to 100")]
@@ -103,8 +105,8 @@ def generate(
 
     bands = _is_large(output, size) and not sheet
     _check_output(output, size, quality, MAX_SIDE**2 if bands else MAX_PIXELS)
-    if number < 1:
-        raise InputError(f"--number is at least 1, got {number}")
+    if not 1 <= number <= MAX_NUMBER:
+        raise InputError(f"--number is from 1 to {MAX_NUMBER:,}, got {number}")
     if sheet:
         _check_size((math.ceil(number / 4) * max(size), 4 * max(size)))
     rank, ranks = launched()
@@ -177,9 +179,9 @@ def upscale(
     """Enlarge images by any factor or to any size: give --scale or --size.
 
     Several images keep their names, in the folder --output. An image that cannot be used is named
-    and left out. A large TIFF file is written in bands, in little memory, without EXIF. Rerun the
-    same command to resume: what it has finished is left as it is. Processes that accelerate or
-    torchrun launched together make a share each.
+    and left out. A large TIFF file is written in bands, in little memory, without EXIF or
+    transparency. Rerun the same command to resume: what it has finished is left as it is. Processes
+    that accelerate or torchrun launched together make a share each.
     """
     if (scale is None) == (size is None):
         raise InputError("give either --scale, such as 3.7, or --size, such as 480x640")
@@ -190,10 +192,12 @@ def upscale(
     options = {**vars(sampling), "precision": precision}
     facts = [file["sha256"] for file in loaded.manifest["files"]], scale, size, quality, options
     finished = batches.Finished(facts) if pairs[0][1] != output else None
+    stoppable = store.resumable() if finished else contextlib.nullcontext()
     factor = size if scale is None else scale
     rank, ranks = launched()
     share, left_out = pairs[rank::ranks], []
-    with tqdm(total=len(share), bar_format=BAR, leave=False, disable=rank > 0 or None) as bar:
+    bar = tqdm(total=len(share), bar_format=BAR, leave=False, disable=rank > 0 or None)
+    with stoppable, bar:
         for i, (source, target) in enumerate(share):
             if not (finished and finished.holds(source, target)):
                 try:
@@ -288,7 +292,9 @@ def download(
     """
     from arbscale.data import download as downloads
 
-    for folder in downloads.download(name, output):
+    with store.resumable("stopped; finished files are kept: rerun the same command for the rest"):
+        folders = downloads.download(name, output)
+    for folder in folders:
         print(f"{folder} is complete")
     print(downloads.TERMS[name])
 

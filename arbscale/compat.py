@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from arbscale import presets, store
 from arbscale.autoencoder import Encoder, FirstStage, SymmetricDecoder, TinyDecoder, TinyEncoder
-from arbscale.model import ArbitraryScaleModel
+from arbscale.model import ArbitraryScaleModel, unfilled
 from arbscale.presets import Preset
 from arbscale.store import InputError
 from arbscale.unet import UNet
@@ -79,20 +79,23 @@ def convert(checkpoint: Path, config: Path, folder: Path) -> str:
         first = params.get("first_stage_config", {"params": params})["params"]
         scale_factor = float(state.get("scale_factor", params.get("scale_factor", 1.0)))
     whole = "unet_config" in params
-    model, untrained = ArbitraryScaleModel(preset, scale_factor), {}
+    trained, untrained = {}, {}
     if whole:
         _check_parts(state)
-        unet = unet_from_reference({"unet": params["unet_config"]["params"]}, _averaged(state))
-        model.denoiser.load_state_dict(unet.state_dict())
+        u = {"unet": params["unet_config"]["params"]}
+        trained["denoiser"] = unet_from_reference(u, _averaged(state))
     else:
         untrained["denoiser"] = "0 0 4000 0"
     state = _under(state, FIRST_STAGE)
     if "liifconfig" in first:
-        trained = {k: v for k, v in state.items() if not k.startswith("loss.")}
-        model.first_stage.load_state_dict(first_stage_from_reference(first, trained).state_dict())
+        own = {k: v for k, v in state.items() if not k.startswith("loss.")}
+        trained["first_stage"] = first_stage_from_reference(first, own)
     else:
-        model.first_stage.encoder.load_state_dict(encoder_from_ldm(first, state).state_dict())
+        trained["first_stage.encoder"] = encoder_from_ldm(first, state)
         untrained["decoder"] = "0 2500 0 0"
+    model = ArbitraryScaleModel(preset, scale_factor)  # its sizes are those of the checkpoint
+    for name, part in trained.items():
+        model.get_submodule(name).load_state_dict(part.state_dict())
     for part, steps in untrained.items():
         model.manifest[part] = (
             f"untrained; train it with `python -m arbscale train tiny --start {folder.name} "
@@ -208,7 +211,8 @@ def first_stage_from_reference(config: dict, state: State) -> FirstStage:
     `config` holds `ddconfig` and `liifconfig` as released; `state` has the keys `encoder.0.*`,
     `encoder.1.*`, `decoder.decoder.0.*`, `decoder.decoder.1.*`, `decoder.inr.imnet.*`.
     """
-    first_stage = presets.build_first_stage(Preset("released", **_first_stage_fields(config)))
+    preset = Preset("released", **_first_stage_fields(config))
+    first_stage = unfilled(presets.build_first_stage, preset)
     first_stage.coarsest = 0.0  # the released code renders every size directly
     layers = range(len(first_stage.liif.layers))
     pairs = [
@@ -230,7 +234,7 @@ def encoder_from_ldm(config: dict, state: State) -> Encoder:
     """
     state = _under(state, FIRST_STAGE)
     state = {k: v for k, v in state.items() if not k.startswith(LDM_UNUSED)}
-    encoder = presets.build_encoder(Preset("ldm", **_first_stage_fields(config)))
+    encoder = unfilled(presets.build_encoder, Preset("ldm", **_first_stage_fields(config)))
     pairs = [*_prefixed(_encoder_pairs(encoder), "encoder.", ""), ("quant_conv", "head")]
     return _load(encoder, pairs, state)
 
@@ -247,7 +251,8 @@ def unet_from_reference(config: dict, state: State) -> UNet:
     for option in (*options, "use_new_attention_order"):
         if u.get(option):
             raise InputError(f"{option} is not supported; this reader takes plain attention U-Nets")
-    unet = UNet(u["out_channels"], u["in_channels"] - u["out_channels"], *_unet_fields(u).values())
+    channels = u["out_channels"], u["in_channels"] - u["out_channels"]
+    unet = unfilled(UNet, *channels, *_unet_fields(u).values())
     return _load(unet, _unet_pairs(unet), _under(state, UNET))
 
 
@@ -269,7 +274,7 @@ def _load_tiny(kind: type, axis: int, state: State) -> nn.Module:
     if first not in state or last not in state:
         raise InputError("these are not TAESD's weights: no numbered layers; see its repository")
     latent = state[first].shape[1] if axis else state[last].shape[0]
-    net = kind(state[first].shape[0], latent)
+    net = unfilled(kind, state[first].shape[0], latent)
     names = {k.rpartition(".")[0] for k in net.layers.state_dict()}
     return _load(net, [(name, f"layers.{name}") for name in sorted(names)], state)
 
@@ -373,5 +378,7 @@ def _load(module: nn.Module, pairs: Pairs, state: State) -> nn.Module:
             f"of another shape {misfits}"
         )
     store.check_finite({key: state[key] for key in taken}, "the checkpoint")
-    module.load_state_dict({name: tensor.float() for name, tensor in taken.values()})
+    # A copy: the module's weights become these tensors, and the checkpoint's are not its own.
+    own = {name: torch.empty(tensor.shape).copy_(tensor) for name, tensor in taken.values()}
+    module.load_state_dict(own, assign=True)
     return module

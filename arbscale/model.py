@@ -383,13 +383,18 @@ class _Unfilled(TorchFunctionMode):
         return args[0] if func == Tensor.normal_ else func(*args, **(kwargs or {}))
 
 
+def unfilled(build: Callable[..., nn.Module], *args: Any) -> nn.Module:
+    """Build a network on the meta device, which allocates nothing; InputError where none can be."""
+    try:
+        with torch.device("meta"), _Unfilled():
+            return build(*args)
+    except (RuntimeError, ValueError, *store.STRAY) as error:
+        raise InputError(f"no network has these sizes ({error})") from None
+
+
 def shapes(preset: Preset) -> dict[str, torch.Size]:
     """Return the shapes of a model's tensors; InputError for a preset that no model can have."""
     presets.build_schedule(preset)
-    try:
-        with torch.device("meta"), _Unfilled():  # nothing is allocated, however wide the layers
-            parts = nn.ModuleDict({"first_stage": presets.build_first_stage(preset)})
-            parts["denoiser"] = presets.build_denoiser(preset)
-    except (RuntimeError, ValueError, *store.STRAY) as error:
-        raise InputError(f"no model can be built from its preset ({error})") from None
+    builders = {"first_stage": presets.build_first_stage, "denoiser": presets.build_denoiser}
+    parts = nn.ModuleDict({name: unfilled(build, preset) for name, build in builders.items()})
     return {name: tensor.shape for name, tensor in parts.state_dict().items()}

@@ -62,6 +62,15 @@ def reading(path: str | Path, *kinds: type[Exception]) -> Iterator[None]:
         raise InputError(f"{path} is damaged, or written by something else ({why})") from error
 
 
+@contextlib.contextmanager
+def resumable(said: str = "stopped; rerun the same command to resume") -> Iterator[None]:
+    """Let Ctrl-C say how work that keeps what is finished is resumed."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(*(stop.args or [said])) from None
+
+
 def shipped() -> list[str]:
     """Return the names of the trained models that ship with the package."""
     return sorted({m.parent.name for root in SHIPPED for m in root.glob(f"*/{MANIFEST}")})

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,32 @@ def test_a_compvis_checkpoint_becomes_a_folder_with_an_untrained_decoder(golden,
     torch.testing.assert_close(latent, tensors["latent"], atol=1e-4, rtol=0)
     assert model.scale_factor == pytest.approx(config["scale_factor"])
     assert "untrained" in model.manifest["decoder"] and "denoiser" not in model.manifest
+
+
+UNET_CONFIG = "unet_config", "params"
+FIRST_CONFIG = "first_stage_config", "params", "ddconfig"
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ((*UNET_CONFIG, "model_channels"), 32_000),
+        ((*UNET_CONFIG, "model_channels"), 10**9),
+        ((*FIRST_CONFIG, "ch"), 16_000),
+        ((*FIRST_CONFIG, "num_res_blocks"), 10**6),
+    ],
+)
+def test_a_config_of_sizes_that_no_memory_holds_is_compared_first(convert, place, value):
+    config, state, unet_state, _ = read("plain")
+    tree = published(config)
+    part = tree["model"]["params"]
+    for name in place[:-1]:
+        part = part[name]
+    part[place[-1]] = value
+    start = time.process_time()
+    status, said, folder = convert(released(config, state, unet_state), tree)
+    assert status == 2 and "Traceback" not in said and not folder.exists()
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from PIL import Image
 
 from arbscale import ArbitraryScaleModel, store
 from arbscale.__main__ import main
+from arbscale.data import output
 
 
 def fails(error):
@@ -143,6 +144,23 @@ def test_ctrl_c_while_importing_is_one_line(tmp_path):
     paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{package}"}
     done = subprocess.run(words, cwd=tmp_path, env=os.environ | paths, capture_output=True)
     assert (done.returncode, done.stderr) == (130, b"arbscale: stopped\n")
+
+
+def test_ctrl_c_in_a_folder_says_how_it_resumes(run, tmp_path, monkeypatch):
+    for name in ("a.png", "b.png"):
+        Image.new("L", (16, 12), 99).save(tmp_path / name)
+    write, calls = output.write_image, []
+
+    def stops(*args):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(write(*args))
+
+    monkeypatch.setattr(output, "write_image", stops)
+    words = ("upscale", "a.png", "b.png", "--scale", 2, "--steps", 1, "-o", "out")
+    status, said = run(*words)
+    assert status == 130 and "rerun the same command" in said.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.glob("out/*.png")) == ["a.png"]
 
 
 def test_many_images_come_batch_by_batch(run, tmp_path, monkeypatch):

@@ -66,9 +66,7 @@ def check_folder(root: str | Path) -> FolderReport:
     """Decode every image below a folder and report what `ImageFolder` makes of it."""
     root = Path(root)
     names, passed_over = scan_folder(root)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL's, which name no file
-        files = [check_file(root, name) for name in tqdm(names, desc="checking", unit="file")]
+    files = [check_file(root, name) for name in tqdm(names, desc="checking", unit="file")]
     return FolderReport(root, files, passed_over)
 
 

@@ -6,6 +6,7 @@ An image is a float32 tensor (3, H, W) in [-1, 1], RGB.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is read, by content. PIL's rarer decoders (one starts Ghostscript) are not used."""
 MAX_PIXELS = 120_000_000
 """Of a file that is read: 0.36 GB as bytes, 1.4 GB as floats; while reading at most 2.4 GB."""
+TOO_LARGE = f"over {MAX_PIXELS:,} pixels; cut it into parts"
 
 
 def to_tensor(image: Any) -> Tensor:
@@ -123,13 +125,20 @@ def open_image(path: str | Path) -> Iterator[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no image at {path}; check the path")
     try:
-        with _open(path) as image:
+        with _unwarned(), _open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                size = f"{image.height} x {image.width}"
-                raise InputError(f"{size} is over {MAX_PIXELS:,} pixels; cut it into parts")
+                raise InputError(f"{image.height} x {image.width} is {TOO_LARGE}")
             yield image
     except Exception as error:  # a decoder fed with a damaged file may raise anything
         raise InputError(f"{path} cannot be read ({reason(error)}); replace it") from error
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Leave out what PIL says of an image, its limit of pixels among it: it names no file."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        yield
 
 
 def _open(path: Path) -> Any:
@@ -147,12 +156,14 @@ def _open(path: Path) -> Any:
 
 def reason(error: BaseException) -> str:
     """Return in words, without the file's name, why a file cannot be used."""
-    from PIL import UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     if isinstance(error, FileNotFoundError):
         return "no longer there"
     if isinstance(error, UnidentifiedImageError):
         return f"empty, damaged, or none of {', '.join(FORMATS)}"
+    if isinstance(error, Image.DecompressionBombError):
+        return TOO_LARGE
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return re.sub(r" \(\d+ bytes not processed\)", "", str(error)) or type(error).__name__

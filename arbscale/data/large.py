@@ -50,7 +50,7 @@ def write_tiff(
         `bands(row)` yields the image from a row on, in bands (3, n, width) in [-1, 1].
 
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one
     draft = path.with_name(path.name + ".part")
     with store.locked(path):
         if (whole := _Tiles.read(path, size, key)) and whole.done == whole.rows:
@@ -67,6 +67,10 @@ def write_tiff(
             why = f" ({stop.strerror or stop})" if isinstance(stop, OSError) else ""
             text = f"{draft} has {min(tiles.done * TILE, size[0])} of {size[0]} rows{why}"
             raise type(stop)(f"{text}; rerun the same command to resume") from None
+        except Exception:
+            if not tiles.done:  # a refusal, not a stop: there is nothing to resume
+                draft.unlink()
+            raise
         if tiles.done < tiles.rows:
             raise InputError(f"the bands of {path} have fewer than its {size[0]} rows")
         store.sync(draft)

@@ -78,7 +78,7 @@ def open_upright(image: Any) -> tuple[Tensor, Tensor | None, list[str]]:
         notes.append(f"gamma {image.info['gamma']:.3g}, ignored")
     rgb, alpha = _deep(image, white, inverted) if white else _shallow(image, small, notes)
     if alpha is not None:
-        notes.append("transparency, which only upscaling keeps: elsewhere it is laid on white")
+        notes.append("transparency, laid on white unless the output keeps it")
     if profile and white:  # of grey, whose profile takes 8 bits
         from PIL import Image
 

@@ -25,6 +25,7 @@ from arbscale.store import InputError
 from arbscale.unet import launched, pick_device, pick_precision
 
 MAX_BATCH = 100_000  # of bench
+MAX_NUMBER = 1_000_000  # of images to evaluate, whose features are held in memory
 MAX_SCALE = 64  # of evaluate; LPIPS of larger images would not fit into memory
 Output = Annotated[Path | None, arg(aliases=["-o"])]
 
@@ -56,11 +57,8 @@ class Options:
     output: Output = None  # a JSON file
 
     def count(self, default: int) -> int:
-        """Return the number of images; ValueError unless it is at least 1."""
-        n = default if self.number is None else self.number
-        if n < 1:
-            raise InputError(f"--number is at least 1, got {n}")
-        return n
+        """Return the number of images; ValueError unless memory holds their features."""
+        return _check_number("--number", default if self.number is None else self.number)
 
     def sampling(self, default_steps: int) -> Sampling:
         """Return how latents are drawn."""
@@ -99,16 +97,20 @@ def _evaluate(options: Options) -> None:
     model = ArbitraryScaleModel.load(options.model).to(pick_device())
     task = options.task or ("upscale" if model.preset.low_size else "reconstruct")
     run = _generation if task in ("generate", "steps") else _pairs
-    try:
+    hint = "rerun the same command" if options.output else "next time, add -o"
+    with store.resumable(f"stopped; {hint} to resume"):
         report, partial = run(options, model, task)
-    except KeyboardInterrupt:
-        hint = "rerun the same command" if options.output else "next time, add -o"
-        raise KeyboardInterrupt(f"stopped; {hint} to resume") from None
     report["timing"] = {"seconds": round(time.perf_counter() - started, 3)}
     wait_for_all()
     if rank == 0:
         _report(report, options.output)
         partial.finish()
+
+
+def _check_number(option: str, n: int) -> int:
+    if not 1 <= n <= MAX_NUMBER:
+        raise InputError(f"{option} is from 1 to {MAX_NUMBER:,} images, got {n}")
+    return n
 
 
 def _data(options: Options, model: ArbitraryScaleModel) -> str:
@@ -163,8 +165,8 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
     data, split = _data(options, model), options.split or "train"
     others = "test" if split != "test" else "train"
     n, reference = options.count(1000), options.reference
-    if reference is not None and reference < 1:
-        raise InputError(f"--reference is at least 1, got {reference}")
+    if reference is not None:
+        _check_number("--reference", reference)
     if data == "scenes":  # there are as many as are asked for
         real, unseen = (ContinuousScenes(max(n, reference or 1), split=s) for s in (split, others))
     else:
@@ -277,8 +279,5 @@ def ablate(
     folder: Annotated[Path, arg(help="of finished pieces, to resume from")] = Path("runs/ablation"),
 ) -> None:
     """Train denoisers with and without a transformer at equal cost; print tables, write JSON."""
-    try:
-        with _writing(output), store.locked(folder):
-            _report(ablation.ablate(settings, folder), output)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped; rerun the same command to resume") from None
+    with store.resumable(), _writing(output), store.locked(folder):
+        _report(ablation.ablate(settings, folder), output)

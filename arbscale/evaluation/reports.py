@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import platform
+import re
 import statistics
 import sys
 from collections.abc import Iterable
@@ -122,8 +123,9 @@ def document(paths: Iterable[Path]) -> str:
     """
     files: list[Path] = []
     for path in paths:
-        files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
-    files = [x for x in files if x.name != store.MANIFEST and x.parent.name != UNALIGNED]
+        files += _below(path) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"no JSON file in {', '.join(map(str, paths))}")
     sections: dict[str, list[str]] = {}
     tables: list[tuple[str, str]] = []
     for path in files:
@@ -134,6 +136,14 @@ def document(paths: Iterable[Path]) -> str:
     for name, text in sorted(tables, key=lambda x: x[0] == COMPARED):
         sections.setdefault(name, [f"## {name}"]).append(text)
     return "\n\n".join([TITLE, *(part for parts in sections.values() for part in parts)])
+
+
+def _below(folder: Path) -> list[Path]:
+    """Return the reports below a folder: JSON files, but for what other commands keep there."""
+    found = [path.relative_to(folder) for path in sorted(folder.rglob("*.json"))]
+    found = [x for x in found if x.name != store.MANIFEST and x.parent.name != UNALIGNED]
+    kept = (x for x in found if not any(re.search(r"^\.|\.partial$", n) for n in x.parts))
+    return [folder / name for name in kept]
 
 
 def table(report: dict) -> str:

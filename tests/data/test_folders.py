@@ -14,9 +14,10 @@ from PIL import Image
 
 from arbscale import data
 from arbscale.__main__ import main
-from arbscale.data import ImageFolder, folders, images
+from arbscale.data import ImageFolder, folders, images, load_image
 from arbscale.data.check import check_folder
 from arbscale.data.folders import partition
+from arbscale.data.images import open_image
 
 
 def photo(height=20, width=30, seed=0):
@@ -128,7 +129,8 @@ def test_sixteen_bits_become_eight(tmp_path):
 def test_a_damaged_orientation_does_not_cost_the_image(tmp_path):
     exif = b"Exif\0\0MM\0*\xff\xff\xff\xff" + bytes(20)
     photo().save(tmp_path / "a.jpg", exif=exif)
-    with pytest.warns(UserWarning, match="Corrupt EXIF"):  # PIL's
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PIL's, which name no file
         assert data.load_image(tmp_path / "a.jpg").shape == (3, 20, 30)
     assert check_folder(tmp_path).files[0].conversions == ()
 
@@ -160,7 +162,7 @@ SKIPPED = {  # by a look at the header
     "text.jpg": (lambda path: path.write_text("hello"), "none of"),
     "script.jpg": (lambda path: photo().save(path, "EPS"), "none of"),  # a program, truly
     "header.png": (lambda path: cut(path, 0.0005), "none of"),
-    "bomb.png": (bomb, "bomb"),
+    "bomb.png": (bomb, "120,000,000 pixels"),
 }
 
 
@@ -189,6 +191,20 @@ def test_an_image_over_the_limit_is_refused_before_it_is_decoded(tmp_path, monke
         data.load_image(tmp_path / "0000.png")
     with pytest.warns(UserWarning, match="20 x 30"), pytest.raises(ValueError):
         ImageFolder(tmp_path)
+
+
+@pytest.mark.parametrize(("side", "used"), [(9_800, True), (11_000, False), (14_000, False)])
+def test_our_limit_of_pixels_is_the_only_one(tmp_path, side, used):
+    """PIL warns from 89 million pixels on and refuses 179 million, in words of its own."""
+    Image.new("1", (side, side)).save(tmp_path / "large.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if used:
+            with open_image(tmp_path / "large.png") as image:
+                assert image.width == side
+        else:
+            with pytest.raises(ValueError, match="120,000,000"):
+                load_image(tmp_path / "large.png")
 
 
 def test_damage_found_while_reading_is_an_error_that_names_the_file(tmp_path):

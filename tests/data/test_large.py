@@ -111,10 +111,29 @@ def test_a_whole_file_of_the_same_content_is_left(image, tmp_path):
     assert np.array_equal(tifffile.imread(path), pixels(-image))
 
 
+def test_a_link_stays_a_link(image, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a.tif").symlink_to("disk/b.tif")
+    for content in (image, -image):
+        write_tiff(tmp_path / "a.tif", SIZE, store.content_key(content), bands(content))
+        assert (tmp_path / "a.tif").is_symlink()
+        assert np.array_equal(tifffile.imread(tmp_path / "disk/b.tif"), pixels(content))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.tif", "b.tif", "disk"]
+
+
 def test_bands_that_end_too_early_make_no_file(image, tmp_path):
     with pytest.raises(ValueError, match="70"):
         write_tiff(tmp_path / "a.tif", SIZE, "key", lambda row: [image[:, row:50]])
     assert not (tmp_path / "a.tif").exists()
+
+
+def test_a_refusal_leaves_no_draft(tmp_path):
+    def refused(row):
+        raise store.InputError("0 steps")
+
+    with pytest.raises(ValueError, match="0 steps"):
+        write_tiff(tmp_path / "a.tif", SIZE, "key", refused)
+    assert not list(tmp_path.iterdir())
 
 
 WORKER = """

@@ -165,6 +165,17 @@ def test_a_document_has_a_heading_per_model_and_each_table_under_its_own(tmp_pat
     assert captions == ["## ", "`b`", "`b`", "## ", "`a`", "## ", "`sc"]
 
 
+def test_a_folder_stands_for_its_reports_alone(tmp_path):
+    """Beside them lie what a stopped evaluation and a stopped upscale keep."""
+    reports.write(generated("alexnet"), tmp_path / "a/m.json")
+    for name in ("a/n.partial/0123/facts.json", ".arbscale/note.json", "m/manifest.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}")
+    assert reports.document([tmp_path]) == reports.document([tmp_path / "a/m.json"])
+    with pytest.raises(ValueError, match="m$"):
+        reports.document([tmp_path / "m"])
+
+
 def test_infinity_is_null_with_a_reason(tmp_path):
     report = {**generated("encoder"), "task": "reconstruct", "results": {}}
     report["protocol"] |= {"lpips": None}
