@@ -36,11 +36,13 @@ lab: .venv/.ready  ## open the notebooks in JupyterLab
 		--LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb \
 		--ContentsManager.hide_globs=outputs --ContentsManager.hide_globs=__pycache__ $(ARGS)
 
-# Each visitor has a process of his own: it is started before he comes, may take 3 GB, and ends two
-# minutes after he has left. The extensions left out need a newer JupyterLab than Voila's.
+# Each visitor has a process of his own: two are started before anyone comes, each may take 3 GB,
+# and ends two minutes after its visitor has left. While one waits, it must not keep a core busy
+# that another needs (OMP_WAIT_POLICY). The extensions left out need a newer JupyterLab.
 page: .venv/.ready  ## serve the explorer as a page without code, for several visitors
-	ulimit -d 3000000; PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m voila notebooks/page.ipynb \
-		--preheat_kernel=True --MappingKernelManager.cull_idle_timeout=120 \
+	ulimit -d 3000000; OMP_WAIT_POLICY=PASSIVE PATH="$(CURDIR)/.venv/bin:$$PATH" \
+		$(PY) -m voila notebooks/page.ipynb --preheat_kernel=True --pool_size=2 \
+		--MappingKernelManager.cull_idle_timeout=120 \
 		--MappingKernelManager.cull_interval=30 \
 		--VoilaConfiguration.extension_denylist=@jupyter-notebook/lab-extension \
 		--VoilaConfiguration.extension_denylist=@voila-dashboards/jupyterlab-preview $(ARGS)

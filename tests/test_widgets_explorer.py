@@ -102,10 +102,12 @@ def test_only_the_window_is_rendered(explorer, monkeypatch):
 
 
 def test_what_moves_is_rendered_within_a_budget_of_time(explorer):
-    explorer._rate = 20_000  # pixels a second: 1,000 in 50 ms
+    explorer._rate = 25_000  # pixels a second: 1,000 in 40 ms
     answer = ask(explorer, scale=64, live=True)
     assert answer["draft"] and answer["window"][2] * answer["window"][3] < 1_200
+    assert Image.open(io.BytesIO(explorer.left)).format == "JPEG"
     assert not ask(explorer, scale=64)["draft"]
+    assert Image.open(io.BytesIO(explorer.left)).format == "PNG"
 
 
 @pytest.mark.parametrize(("text", "size"), [("3.7", (118, 118)), ("64x64", (64, 64))])

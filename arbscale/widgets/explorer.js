@@ -156,7 +156,8 @@ class Explorer {
       this.settle(answer);
       return;
     }
-    const blobs = ["left", "right"].map((n) => new Blob([this.model.get(n)], { type: "image/png" }));
+    const type = answer.draft ? "image/jpeg" : "image/png";
+    const blobs = ["left", "right"].map((n) => new Blob([this.model.get(n)], { type }));
     const newest = (this.newest = {});
     const [left, right] = await Promise.all(blobs.map((blob) => createImageBitmap(blob)));
     if (newest !== this.newest || this.closed) {

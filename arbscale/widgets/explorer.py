@@ -37,7 +37,7 @@ from arbscale.widgets.view import View, bounded, parse_size
 from arbscale.widgets.worker import Cancelled, Check, Worker
 
 BOX = 420  # longer side of the view, CSS pixels
-LIVE_SECONDS = 0.05  # of rendering while something moves; the full density follows at rest
+LIVE_SECONDS = 0.04  # of rendering while something moves; the full density follows at rest
 MAX_UPLOAD = 64 * 1024**2  # bytes of a photograph's file
 MAX_SAVED = 70_000_000  # pixels of a saved PNG: x64 of 128 x 128
 ESTIMATE_SECONDS = 0.25  # at least, between two estimates that are shown while sampling
@@ -84,8 +84,8 @@ class ScaleExplorer(anywidget.AnyWidget):
     )
     _css = _file("explorer.css")
 
-    left = traitlets.Bytes(b"").tag(sync=True)  # PNG: the rendered window
-    right = traitlets.Bytes(b"").tag(sync=True)  # PNG: the same window of what it is compared with
+    left = traitlets.Bytes(b"").tag(sync=True)  # the rendered window: a PNG file, a draft's is JPEG
+    right = traitlets.Bytes(b"").tag(sync=True)  # the same window of what it is compared with
     answer = traitlets.Dict().tag(sync=True)  # what the two are
     work = traitlets.Dict().tag(sync=True)  # what the worker does, {} while it rests
     estimate = traitlets.Bytes(b"").tag(sync=True)  # PNG: of z_0, small, while sampling
@@ -210,7 +210,8 @@ class ScaleExplorer(anywidget.AnyWidget):
             "note": subject.note,
             "code": subject.code(size, view.window(size)),
         }
-        return encoded(left), encoded(right), answer
+        draft = answer["draft"]
+        return encoded(left, draft), encoded(right, draft), answer
 
     def _size(self, question: dict) -> Size:
         """Return the output's size: as typed, as kept since it was typed, or by the scale."""
@@ -351,7 +352,7 @@ class ScaleExplorer(anywidget.AnyWidget):
 
 
 def still(left: bytes, right: bytes, box: int = BOX) -> bytes:
-    """Lay two PNG files of one size half and half, a white line between, in a box of hard pixels.
+    """Lay two image files of one size half and half, a white line between, in a box of hard pixels.
 
     The longer side of the PNG file returned is `box`.
     """

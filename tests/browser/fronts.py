@@ -76,7 +76,12 @@ def jupyter(folder: Path) -> Iterator[str]:
     tree = folder / "tree"
     shutil.copytree(ROOT / "notebooks", tree / "notebooks")
     shutil.copy(ROOT / "README.md", tree)
+    (tree / "data").symlink_to(ROOT / "data")
     (tree / "outputs").mkdir()
+    settings = folder / "lab/user-settings/@jupyterlab/notebook-extension"
+    settings.mkdir(parents=True)
+    whole = '{"windowingMode": "none"}'  # draws every cell, not only those in sight
+    (settings / "tracker.jupyterlab-settings").write_text(whole)
     options = f"--allow-root --IdentityProvider.token= --ServerApp.root_dir={tree}"
     options += " --expose-app-in-browser --JupyterNotebookApp.expose_app_in_browser=True"
     with served("lab", folder, options) as address:
@@ -105,12 +110,21 @@ def chromium(downloads: Path) -> Iterator[webdriver.Chrome]:
         driver.quit()
 
 
-class Front:
-    """A browser that has opened a door."""
+def opened(browser: webdriver.Chrome, address: str, n: int) -> list[str]:
+    """Open an address in `n` windows at once; return them without waiting for their pages."""
+    before = browser.window_handles
+    for _ in range(n):
+        browser.execute_script("window.open(arguments[0], '_blank', 'noopener')", address)
+    return [window for window in browser.window_handles if window not in before]
 
-    def __init__(self, browser: webdriver.Chrome, door: str, address: str):
+
+class Front:
+    """A browser that has opened a door, or whose window has."""
+
+    def __init__(self, browser: webdriver.Chrome, door: str, address: str = ""):
         self.browser, self.door = browser, door
-        browser.get(address)
+        if address:
+            browser.get(address)
 
     def run(self, script: str, *arguments):
         return self.browser.execute_script(script, *arguments)

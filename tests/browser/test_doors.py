@@ -111,7 +111,7 @@ def test_lab_opens_the_quickstart_which_was_never_run_here(browser, notebooks):
     image = """const is = (w) => w.model.sharedModel.source.startsWith("ScaleExplorer");
         const image = widgets.find(is).node.querySelector(".jp-OutputArea-output img");
         await image.decode();
-        image.scrollIntoView();
+        image.scrollIntoView({block: "center"});
         return image.naturalWidth"""
     first.until(lambda: first.tried(cells + image) == 420)
     first.shot("quickstart")
@@ -123,4 +123,4 @@ def test_lab_opens_the_quickstart_which_was_never_run_here(browser, notebooks):
     assert "README.md" in href
     assert first.later("return (await fetch(arguments[0])).status", href) == 200
     names = "return (await (await fetch('/api/contents')).json()).content.map((f) => f.name)"
-    assert set(first.later(names)) == {"README.md", "notebooks"}
+    assert set(first.later(names)) == {"README.md", "data", "notebooks"}
