@@ -208,7 +208,8 @@ def show_plot(text: str = "") -> None:
         legend = axis.get_legend()
         names = [name.get_text() for name in legend.get_texts()] if legend else []
         labels = (axis.get_title(), axis.get_ylabel(), axis.get_xlabel(), *names)
-        text += "; " * bool(text) + ", ".join(re.sub(r"[$\\{}]", "", x) for x in labels if x)
+        words = (" ".join(re.sub(r"[$\\{}]", " ", x).split()) for x in labels if x)
+        text += "; " * bool(text) + ", ".join(words)
     figure.savefig(file, dpi=100, facecolor=PAPER, bbox_inches="tight")
     plt.close(figure)
     image = Image.open(file).convert("RGB")
@@ -239,7 +240,7 @@ PARTS = {
     "denoiser": (
         "denoiser: U-Net\nwith transformer",
         "stages 3 and 4; in 4\nthrough the decoder",
-        2.9,
+        3.15,
     ),
     "decoder": ("symmetric decoder\nsame resolution", "stage 2, then frozen", 8.0),
     "liif": ("LIIF: an MLP\nfor each pixel", "stage 2, then frozen", 12.9),
@@ -285,7 +286,7 @@ def pipeline(*highlight: str) -> None:
     for x in (1.4, 4.1, 6.0, 9.5, 11.3, 14.1):
         arrow((x, 4.4), (x + 0.4, 4.4))
     arrow((1.4, 1.6), (1.8, 1.6))
-    arrow((4.3, 1.6), (5.3, 3.9), connectionstyle="angle,angleA=0,angleB=90,rad=6")
+    arrow((4.6, 1.6), (5.3, 3.9), connectionstyle="angle,angleA=0,angleB=90,rad=6")
     write(5.5, 2.6, "20 steps", ha="left")
     names = " and ".join(PARTS[name][0].replace("\n", " ") for name in highlight) or "none"
     show_plot(f"the pipeline from image or noise to an image of any size; highlighted: {names}")

@@ -123,13 +123,17 @@ def test_exercises_have_folded_solutions(notebook):
 
 
 def test_sections_end_in_questions(notebook):
-    """Three questions a block, their answers folded."""
-    blocks = "\n".join(notebook.prose).split("**Check yourself.**\n")[1:]
-    assert len(blocks) >= 3
-    for block in blocks:
-        asked, answered = block.split("<details><summary>Answers</summary>", 1)
-        for text in (asked, answered.split("</details>", 1)[0]):
-            assert re.findall(r"^(\d)\. \S", text, re.M) == ["1", "2", "3"]
+    """Three questions, their answers folded, and nothing after them but the heading of a part."""
+    for section in re.split(r"^## ", "\n".join(notebook.prose), flags=re.M)[1:]:
+        title, text = section.split("\n", 1)
+        if title in ("Setup", "Where next", "Recap", "Exercises"):
+            continue
+        assert text.count("**Check yourself.**\n") == 1, title
+        asked, answered = text.split("**Check yourself.**\n")[1].split("<details>", 1)
+        answers, after = answered.split("</details>", 1)
+        for block in (asked, answers):
+            assert re.findall(r"^(\d)\. \S", block, re.M) == ["1", "2", "3"], title
+        assert not re.sub(r"^# .*", "", after, flags=re.M).strip(), title
 
 
 def test_diagram_and_references(notebook):
