@@ -22,7 +22,7 @@ from arbscale.data import batches
 from arbscale.data import output as output_files
 from arbscale.evaluation.command import ablate, bench, evaluate, table
 from arbscale.model import ArbitraryScaleModel
-from arbscale.samplers import Sampling
+from arbscale.samplers import UPSCALING, Sampling
 from arbscale.store import InputError
 from arbscale.unet import launched, pick_device
 
@@ -36,7 +36,7 @@ Model = Annotated[str, arg(help="name or folder")]
 Quality = Annotated[int, arg(help="of JPEG, WebP and AVIF, 1 to 100")]
 Drawn = Annotated[Sampling, arg(name="")]
 BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
-USUAL, SHORT = Sampling(), Sampling(steps=3)
+USUAL = Sampling()
 
 
 def _edge(words: list[str], most: int = MAX_PIXELS) -> int | Size:
@@ -129,7 +129,7 @@ def generate(
         for first in starts:
             n, before = min(batch, number - first), bar.n
             if first not in share:
-                _pass_over(loaded, n, size, sampling, generator)
+                loaded.start_noise(n, loaded.latent_grid(size), generator)  # for another process
                 continue
             more = {
                 "generator": generator,
@@ -152,15 +152,6 @@ def generate(
         _write(contact_sheet(items, columns=4, box=max(size)), output, quality)
 
 
-def _pass_over(
-    model: ArbitraryScaleModel, n: int, size: Size, sampling: Sampling, generator: torch.Generator
-) -> None:
-    """Draw from a generator what n images take that another process makes."""
-    shape = (model.preset.latent_channels, *model.latent_grid(size))
-    z = torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
-    sampling.run(lambda z, t: torch.zeros_like(z), z, model.schedule, generator)
-
-
 def upscale(
     images: Annotated[Positional[tuple[Path, ...]], arg(help="image files, or folders of them")],
     *,
@@ -171,7 +162,7 @@ def upscale(
         Edge | None, arg(help="480x640 (height x width), or the longer side alone: 640")
     ] = None,
     quality: Quality = output_files.QUALITY,
-    sampling: Drawn = SHORT,
+    sampling: Drawn = UPSCALING,
     precision: Annotated[
         Literal["auto", "float32"], arg(help="auto: bfloat16 where it is faster")
     ] = "auto",

@@ -18,7 +18,7 @@ from arbscale import presets, store
 from arbscale.coords import Size, Window, check_size, same_area, scaled_size
 from arbscale.diffusion import Denoiser
 from arbscale.presets import Preset
-from arbscale.samplers import Callback, Sampling
+from arbscale.samplers import Callback, Sampling, streams
 from arbscale.store import InputError, StateError
 from arbscale.tiles import BAND, Tile, as_floats, bands, blend, blended, noise_field, paint, tiles
 from arbscale.unet import computing, limit_attention, pick_precision
@@ -67,8 +67,8 @@ class ArbitraryScaleModel(nn.Module):
         n: int,
         size: int | Size,
         seed: int = 0,
-        steps: int = 20,
-        sampler: str = "dpm_solver_pp",
+        steps: int = 25,
+        sampler: str = "sde_dpm_solver_pp",
         progress: Progress | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -76,7 +76,7 @@ class ArbitraryScaleModel(nn.Module):
 
         `size` is (height, width) or the side of a square; for seed, steps and sampler see
         `samplers.Sampling`. The same seed gives the same images at every size of one aspect ratio,
-        and with a deterministic sampler image i does not depend on `n`. For another ratio the
+        and image i does not depend on `n`. For another ratio the
         latent grid takes that ratio at about the area that the model was trained at. Several calls
         with one `generator` continue its stream of noise: they give the images of one large call.
         """
@@ -89,8 +89,8 @@ class ArbitraryScaleModel(nn.Module):
         self,
         n: int,
         seed: int = 0,
-        steps: int = 20,
-        sampler: str = "dpm_solver_pp",
+        steps: int = 25,
+        sampler: str = "sde_dpm_solver_pp",
         grid: Size | None = None,
         progress: Progress | None = None,
         generator: torch.Generator | None = None,
@@ -105,11 +105,14 @@ class ArbitraryScaleModel(nn.Module):
         if n < 1:
             raise InputError(f"n is the number of images, at least 1, got {n}")
         sampling = Sampling(steps, sampler, seed)
-        generator = generator or sampling.generator()
-        shape = (self.preset.latent_channels, *(grid or (self.preset.latent_size,) * 2))
-        noise = torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
+        noise = self.start_noise(n, grid, generator or sampling.generator())
         callback = progress and (lambda i, z_t, z_0: progress(i + 1, steps))
-        return self._sample(self.denoise(), noise, sampling, generator, callback)
+        return self._sample(self.denoise(), noise, sampling, callback)
+
+    def start_noise(self, n: int, grid: Size | None, generator: torch.Generator) -> Tensor:
+        """Draw the noise (n, c, h, w) that n images start from."""
+        shape = (self.preset.latent_channels, *(grid or (self.preset.latent_size,) * 2))
+        return torch.stack([torch.randn(shape, generator=generator) for _ in range(n)])
 
     @torch.no_grad()
     def upscale(
@@ -242,8 +245,7 @@ class ArbitraryScaleModel(nn.Module):
         size = tuple(max(place[axis].stop for place, _ in denoisers) for axis in (1, 2))
         noise = noise_field(sampling.seed, self.preset.latent_channels, (0, 0), size)[None]
         guess = blend(conditions, noise.to(self.device))
-        generator = sampling.generator("injected noise")
-        return self._sample(denoise, noise, sampling, generator, guess=guess)
+        return self._sample(denoise, noise, sampling, guess=guess)
 
     def paint(
         self,
@@ -326,20 +328,20 @@ class ArbitraryScaleModel(nn.Module):
         denoise: Denoiser,
         noise: Tensor,
         sampling: Sampling,
-        generator: torch.Generator,
         callback: Callback | None = None,
         guess: Tensor | None = None,
+        drawn: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
         """Return the unscaled latents that sampling from `noise` (B, c, h, w) leads to.
 
         With a `guess` at the scaled latents it starts half-way, from that under noise, as Meng et
-        al. 2022 (SDEdit) do.
+        al. 2022 (SDEdit) do. `drawn(t)` is the noise that steps add, by default each image's own.
         """
         z, first = noise.to(self.device) * self.preset.noise_level, self.schedule.steps - 1
         if guess is not None:
             first = min(first, max(first // 2, sampling.steps - 1))
             z = self.schedule.add_noise(guess, torch.tensor([first]), z)
-        z = sampling.run(denoise, z, self.schedule, generator, callback, first)
+        z = sampling.run(denoise, z, self.schedule, None, callback, first, drawn or streams(noise))
         return z / self.scale_factor
 
     def save(self, path: str | Path, half: bool = False) -> None:
@@ -354,16 +356,14 @@ class ArbitraryScaleModel(nn.Module):
         state, manifest = store.load(folder)
         try:
             scale_factor = _positive(manifest.get("scale_factor"))
-            preset = Preset.from_dict(manifest["preset"])
-            wanted = shapes(preset)
+            wanted = shapes(preset := Preset.from_dict(manifest["preset"]))
         except InputError as error:
             raise InputError(f"the manifest in {folder}: {error}") from None
         found = {name: tensor.shape for name, tensor in state.items()}
         if misfits := sorted(dict(wanted.items() ^ found.items())):
             more = f"{misfits[0]} and {len(misfits) - 1} more"
-            raise InputError(
-                f"the weights in {folder} do not fit the preset in its manifest: {more}"
-            )
+            text = f"the weights in {folder} do not fit the preset in its manifest: {more}"
+            raise InputError(text)
         model = cls(preset, scale_factor, manifest)
         model.load_state_dict(state)
         return model.eval().requires_grad_(False)

@@ -12,7 +12,8 @@ timesteps            a number of evenly spaced steps, or the steps themselves
 final_alpha_bar      what the last step leads to; 1 is no noise at all
 generator            a generator on the CPU; None takes torch's global one
 callback             `callback(i, z_t, z_0)` after each step
-noise                (`ddpm`, `ddim`) `noise(t)` (B, c, h, w) is added in the step that leaves t
+noise                `noise(t)` (B, c, h, w) is what a step that leaves t adds, where it adds noise;
+                     by default drawn from the generator
 ===================  ============================================================================
 
 All return latents (B, c, h, w) in `z`'s dtype on its device; coefficients come from float64. Noise
@@ -140,6 +141,7 @@ def dpm_solver_pp(
     *,
     final_alpha_bar: float = 1.0,
     generator: torch.Generator | None = None,
+    noise: Callable[[int], Tensor] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Second-order multistep solver of the diffusion's ODE: good latents in about 20 steps.
@@ -149,7 +151,7 @@ def dpm_solver_pp(
     and the last step's estimate. First order where that is impossible or unstable: the first step,
     a last step to no noise (lambda is infinite there), and the last of fewer than 15 steps.
 
-    It is deterministic: `generator` is unused.
+    It is deterministic: `generator` and `noise` are unused.
     """
     return _multistep(denoise, z, schedule, timesteps, final_alpha_bar, None, callback)
 
@@ -163,6 +165,7 @@ def sde_dpm_solver_pp(
     *,
     final_alpha_bar: float = 1.0,
     generator: torch.Generator | None = None,
+    noise: Callable[[int], Tensor] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Second-order multistep solver of the diffusion's SDE: fresh noise hides earlier errors.
@@ -171,7 +174,7 @@ def sde_dpm_solver_pp(
     as much noise in each step and puts half of it back anew. A denoiser's errors add up along the
     ODE, and are replaced by noise along the SDE.
     """
-    draw = _drawing(z, generator)
+    draw = noise or _drawing(z, generator)
     return _multistep(denoise, z, schedule, timesteps, final_alpha_bar, draw, callback)
 
 
@@ -232,8 +235,8 @@ def get_sampler(name: str) -> Callable[..., Tensor]:
 class Sampling:
     """How latents are drawn."""
 
-    steps: int = 20  # denoising steps
-    sampler: str = "dpm_solver_pp"  # ddpm, ddim or dpm_solver_pp
+    steps: int = 25  # denoising steps
+    sampler: str = "sde_dpm_solver_pp"  # or ddpm, ddim, dpm_solver_pp
     seed: int = 0  # decides everything
 
     def __post_init__(self) -> None:
@@ -257,6 +260,7 @@ class Sampling:
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
         first: int | None = None,
+        noise: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
         """Run the sampler on the grid of steps that suits it; ValueError for unknown names.
 
@@ -265,7 +269,24 @@ class Sampling:
         sampler = get_sampler(self.sampler)
         total = schedule.steps if first is None else first + 1
         timesteps = spaced_timesteps(total, self.steps, POWERS.get(self.sampler, 1.0))
-        return sampler(denoise, z, schedule, timesteps, generator=generator, callback=callback)
+        drawn = {"generator": generator, "noise": noise}
+        return sampler(denoise, z, schedule, timesteps, callback=callback, **drawn)
+
+
+UPSCALING = Sampling(3, "dpm_solver_pp")
+"""How `upscale` samples by default: the input decides most of the image."""
+
+
+def streams(start: Tensor) -> Callable[[int], Tensor]:
+    """Return `noise(t)` (B, c, h, w) for latents that start from noise (B, c, h, w).
+
+    Each image draws from a stream of its own, which its start noise decides, so that it does not
+    depend on the images that are drawn with it.
+    """
+    digests = [hashlib.sha256(x.contiguous().numpy().tobytes()).digest() for x in start.cpu()]
+    seeds = [int.from_bytes(digest[:8], "big") >> 1 for digest in digests]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda t: torch.stack([torch.randn(start.shape[1:], generator=g) for g in generators])
 
 
 def _eps(denoise: Denoiser, z: Tensor, t: int) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +20,7 @@ from arbscale.evaluation.features import fingerprint, image_name
 from arbscale.evaluation.resume import wait_for_all
 from arbscale.evaluation.steps import STEPS, evaluate_steps
 from arbscale.model import ArbitraryScaleModel
-from arbscale.samplers import SAMPLERS, Sampling
+from arbscale.samplers import SAMPLERS, UPSCALING, Sampling
 from arbscale.store import InputError
 from arbscale.unet import launched, pick_device, pick_precision
 
@@ -50,8 +50,8 @@ class Options:
     protocol: str = "whole"  # whole, benchmark, div2k, paper_faces ...
     features: str = "encoder"  # of the distances: encoder, alexnet, vgg16, or inception (FID)
     allow_few: bool = False  # FID of fewer than 2048 images
-    steps: int | None = None  # denoising steps; default 20, 3 to upscale
-    sampler: str = "dpm_solver_pp"  # or ddim, or ddpm
+    steps: int | None = None  # denoising steps; default 25, 3 to upscale
+    sampler: str | None = None  # default sde_dpm_solver_pp, dpm_solver_pp to upscale
     seed: int = 0  # decides everything
     precision: Literal["auto", "float32"] = "float32"  # to upscale; auto: bfloat16 where faster
     output: Output = None  # a JSON file
@@ -60,10 +60,10 @@ class Options:
         """Return the number of images; ValueError unless memory holds their features."""
         return _check_number("--number", default if self.number is None else self.number)
 
-    def sampling(self, default_steps: int) -> Sampling:
+    def sampling(self, usual: Sampling) -> Sampling:
         """Return how latents are drawn."""
-        steps = default_steps if self.steps is None else self.steps
-        return Sampling(steps, self.sampler, self.seed)
+        given = {"steps": self.steps, "sampler": self.sampler, "seed": self.seed}
+        return replace(usual, **{k: v for k, v in given.items() if v is not None})
 
     def partial(self, report: dict, images: str) -> Partial:
         """Return the pieces beside the output that this task, model, protocol and data decide.
@@ -135,7 +135,7 @@ def _pairs(options: Options, model: ArbitraryScaleModel, task: str) -> tuple[dic
         raise InputError(f"{data}, {split} has {len(images)} images, fewer than {n}")
     rule, sampling = (
         get_protocol(options.protocol),
-        options.sampling(3 if task == "upscale" else 20),
+        options.sampling(UPSCALING if task == "upscale" else Sampling()),
     )
     with_lpips = evaluation.lpips_or_why_not()
     choices = evaluation.pair_protocol(rule, images, task, n, sampling, with_lpips)
@@ -182,7 +182,7 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
         tuple(dict.fromkeys(options.sizes)) or usual[: 1 if task == "steps" else 2],
         n,
         options.features,
-        options.sampling(20),
+        options.sampling(Sampling()),
     )
     sets.check(job, options.allow_few)
     choices = {"data": data, "split": split, "others' split": others, **sets.protocol(job)}

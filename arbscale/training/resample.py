@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from arbscale.model import ArbitraryScaleModel
-from arbscale.samplers import Sampling
+from arbscale.samplers import UPSCALING
 
-SAMPLING = Sampling(steps=3)  # as `upscale` samples
 NOISIEST = 0.25  # of the schedule: generation starts below, as more noise makes another image
 
 
@@ -27,7 +26,7 @@ class Resample:
 
     def first(self, generator: torch.Generator) -> int | None:
         """Draw the step of the schedule to start from; None leaves the latents as encoded."""
-        total, least = self.model.schedule.steps, SAMPLING.steps - 1
+        total, least = self.model.schedule.steps, UPSCALING.steps - 1
         chance, place = torch.rand(2, generator=generator).tolist()
         if chance >= self.odds:
             return None
@@ -43,4 +42,4 @@ class Resample:
         fast = torch.is_autocast_enabled(z.device.type)
         denoise = model.denoise(condition, torch.bfloat16 if fast else torch.float32)
         start = model.schedule.add_noise(guess, torch.tensor([first]), noise).float()
-        return SAMPLING.run(denoise, start, model.schedule, first=first) / model.scale_factor
+        return UPSCALING.run(denoise, start, model.schedule, first=first) / model.scale_factor

@@ -28,7 +28,7 @@ from torch import Tensor
 from arbscale.autoencoder import FirstStage
 from arbscale.coords import Size, check_size, scaled_size
 from arbscale.model import ArbitraryScaleModel, Progress
-from arbscale.samplers import SAMPLERS
+from arbscale.samplers import SAMPLERS, UPSCALING, Sampling
 from arbscale.store import InputError
 from arbscale.widgets.recipe import Settings
 from arbscale.widgets.sources import Photo, encoded, read_photo, rendered_png
@@ -64,7 +64,7 @@ class ScaleExplorer(anywidget.AnyWidget):
     scale
         Where the slider starts, 0.5 to 64.
     seed, steps, sampler
-        As in `samplers.Sampling`; by default 20 steps for a generator, 3 for super-resolution.
+        As in `samplers.Sampling`; by default 25 steps for a generator, 3 for super-resolution.
     truth
         What the output should be, if it is known: an image, or a function `(size, window)` that
         returns (3, height, width), such as `render_scenes` of a scene.
@@ -101,15 +101,16 @@ class ScaleExplorer(anywidget.AnyWidget):
         scale: float = 3.7,
         seed: int = 0,
         steps: int | None = None,
-        sampler: str = "dpm_solver_pp",
+        sampler: str | None = None,
         truth: Any = None,
         other: Any = None,
         limit: int = 192,
     ):
         super().__init__()
         self.kind, self.model = _kind(model, image, features), model
-        steps = steps or (3 if self.kind == "enlarge" else 20)
-        self._settings = Settings(seed, seed + 1, 0.0, steps, sampler)
+        usual = UPSCALING if self.kind == "enlarge" else Sampling()
+        how = steps or usual.steps, sampler or usual.sampler
+        self._settings = Settings(seed, seed + 1, 0.0, *how)
         self._lock, self._worker = threading.RLock(), Worker()
         self._limit, self._parts = limit, []
         self._coming: Settings | None = None  # what the worker draws
@@ -131,8 +132,7 @@ class ScaleExplorer(anywidget.AnyWidget):
             "kind": self.kind,
             "max_upload": MAX_UPLOAD,
             "samplers": list(SAMPLERS),
-            **{name: getattr(self._settings, name) for name in ("seed", "to_seed", "steps")},
-            "sampler": sampler,
+            **{k: getattr(self._settings, k) for k in ("seed", "to_seed", "steps", "sampler")},
         }
         base = self._subject.source.base
         self._question = {"scale": scale, "screen": scaled_size(base, BOX / max(base)), "view": ""}

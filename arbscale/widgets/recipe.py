@@ -19,8 +19,8 @@ class Settings:
     seed: int = 0
     to_seed: int = 1
     share: float = 0.0  # of the way from the one seed's noise to the other's
-    steps: int = 20
-    sampler: str = "dpm_solver_pp"
+    steps: int = Sampling.steps
+    sampler: str = Sampling.sampler
     size: Size = (64, 64)  # its aspect ratio decides the latent grid
 
     @classmethod

@@ -22,7 +22,7 @@ from torch import Tensor
 from arbscale.autoencoder import FirstStage
 from arbscale.coords import Size, Window, scaled_size
 from arbscale.model import ArbitraryScaleModel, Progress
-from arbscale.samplers import Callback, Sampling
+from arbscale.samplers import Callback, Sampling, streams
 from arbscale.store import InputError
 from arbscale.tiles import Tile, cubic, paste
 
@@ -213,7 +213,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     """
     cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
     angle = cosine.acos()
-    if angle < 1e-4:
+    if share == 0 or angle < 1e-4:
         return torch.lerp(a, b, share)
     return (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
 
@@ -223,24 +223,24 @@ def mixed_latent(
     model: ArbitraryScaleModel,
     seeds: tuple[int, int],
     share: float = 0.0,
-    steps: int = 20,
-    sampler: str = "dpm_solver_pp",
+    steps: int = Sampling.steps,
+    sampler: str = Sampling.sampler,
     grid: Size | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Draw a latent (1, c, h, w) between two seeds: `model.sample` of the one at `share` 0.
+    """Draw a latent (1, c, h, w) between two seeds: `model.sample` of the first at `share` 0.
 
-    The start noise is interpolated, not the latents: each value between is a sample of its own,
-    where a mean of two latents is a double exposure.
+    The noise is interpolated, not the latents: each value between is a sample of its own, where a
+    mean of two latents is a double exposure.
     """
-    sampling = Sampling(steps, sampler, seeds[0])
-    generator = sampling.generator()
-    shape = (1, model.preset.latent_channels, *(grid or (model.preset.latent_size,) * 2))
-    noise = torch.randn(shape, generator=generator)
-    if share > 0:
-        other = torch.randn(shape, generator=torch.Generator().manual_seed(seeds[1]))
-        noise = slerp(noise, other, share)
-    return model._sample(model.denoise(), noise, sampling, generator, callback)
+    ends = [model.start_noise(1, grid, Sampling(seed=seed).generator()) for seed in seeds]
+    first, second = map(streams, ends)
+
+    def drawn(t: int) -> Tensor:
+        return slerp(first(t), second(t), share)
+
+    sampling, start = Sampling(steps, sampler, seeds[0]), slerp(*ends, share)
+    return model._sample(model.denoise(), start, sampling, callback, drawn=drawn)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from arbscale.data import ImageFolder, to_pil
 from arbscale.evaluation import command, reports, sets
 from arbscale.evaluation.command import Options
 from arbscale.evaluation.features import Extractor
+from arbscale.samplers import SAMPLERS
 
 HOLD = """
 import fcntl, sys
@@ -99,7 +100,7 @@ def test_generation_takes_as_many_images_as_every_row_can_have(tiny, tmp_path, m
     assert main(["evaluate", str(tiny), *words]) == 0
     report = reports.read(output)
     assert report["results"]["n"] == 9 and len(report["protocol"]["sizes"]) == 1
-    assert report["protocol"]["sampling"]["sampler"] == ["ddpm", "ddim", "dpm_solver_pp"]
+    assert report["protocol"]["sampling"]["sampler"] == list(SAMPLERS)
     assert main(["evaluate", str(tiny), *words, "--steps", "3"]) == 2
     assert "--steps" in capsys.readouterr().err
     words = ["--task", "generate", "--data", str(tmp_path / "data"), "--reference", "0"]
