@@ -24,6 +24,7 @@ from arbscale.store import InputError
 
 BLOCK = 2048  # pixels rendered at a time: the widest activations stay in the cache
 WIDTH = 512  # at most, of a block of a grid, which is a few rows high
+REACH = 2  # latent pixels above, below and beside a point's own that its colour depends on
 TIE = 1e-5  # of a latent pixel: a point on the border belongs to the latent pixel after it
 Axis = list[Tensor]
 """What a head needs of N positions along one axis: tensors (N, ...)."""
@@ -64,8 +65,9 @@ class _Head(nn.Module):
         batch = len(features)
         if coords.ndim != 3 or coords.shape[0] != batch or coords.shape[-1] != 2:
             raise InputError(f"coords must be ({batch}, N, 2), got {tuple(coords.shape)}")
+        self._check(features, cells)
         images = []
-        for table, points in zip(self._table(features, cells), coords, strict=True):
+        for table, points in zip(self._project(features, cells), coords, strict=True):
             parts = points.split(block or len(points) or 1)
             images.append(torch.cat([self._paint(table, *self._axes(table, *p.mT)) for p in parts]))
         return torch.stack(images)
@@ -75,11 +77,15 @@ class _Head(nn.Module):
     ) -> Tensor:
         """Colours (B, 3, H, W) where rows y (H,) cross columns x (W,), positions in [-1, 1].
 
-        What `query` gives at these points, but what a row or a column shares is computed once.
+        What `query` gives at these points, but what a row or a column shares is computed once, and
+        the table has only the features that the points lie among.
         """
+        self._check(features, cells)
+        features, y, cells = _among(features, y, cells, 0)
+        features, x, cells = _among(features, x, cells, 1)
         block = block or len(y) * len(x)
         across = math.ceil(len(x) / math.ceil(len(x) / min(block, WIDTH)))
-        tables, images = self._table(features, cells), []
+        tables, images = self._project(features, cells), []
         down = max(1, block // max(across, tables.shape[2]))
         rows, cols = self._axes(tables[0], y, x)
         for table in tables:
@@ -110,13 +116,12 @@ class _Head(nn.Module):
         cells = cell(size, device).expand(len(features), -1)
         return self.query_grid(features, y, x, cells, block)
 
-    def _table(self, features: Tensor, cells: Tensor) -> Tensor:
+    def _check(self, features: Tensor, cells: Tensor) -> None:
         if features.ndim != 4 or features.shape[1] != self.in_channels:
             wanted = f"(B, {self.in_channels}, h, w)"
             raise InputError(f"features must be {wanted}, got {tuple(features.shape)}")
         if cells.shape != (len(features), 2):
             raise InputError(f"cells must be ({len(features)}, 2), got {tuple(cells.shape)}")
-        return self._project(features, cells)
 
     def _axes(self, table: Tensor, y: Tensor, x: Tensor) -> tuple[Axis, Axis]:
         return tuple(self._axis(at, axis, table) for axis, at in enumerate((y, x)))
@@ -287,6 +292,24 @@ class InterpolatedLIIF(_Head):
         for layer in self.layers:
             hidden = layer(hidden.relu_())
         return hidden  # (N, 3)
+
+
+def _among(features: Tensor, at: Tensor, cells: Tensor, axis: int) -> tuple[Tensor, ...]:
+    """Cut features (B, C, h, w) along an axis to those that positions (N,) are painted from.
+
+    Returns them, and the positions and the cells (B, 2) in their units. Where more than half of the
+    features are wanted, all stay.
+    """
+    n = features.shape[2 + axis]
+    position = (at.cpu().double() + 1) * (n / 2)  # in features, from 0 to n
+    first = max(0, int(position.min()) - REACH)
+    last = min(n, int(position.max()) + REACH + 1)
+    if 2 * (last - first) > n:
+        return features, at, cells
+    share, cells = n / (last - first), cells.clone()
+    cells[:, axis] *= share
+    at = (2 * (position - first) / (last - first) - 1).to(at)
+    return features.narrow(2 + axis, first, last - first), at, cells
 
 
 def _look(table: Tensor, row: Tensor, col: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
@@ -300,36 +300,36 @@ def back_project(rgb: Tensor, low: Tensor, rounds: int = 2) -> Tensor:
 
 
 def _back_projected(
-    bands: Iterable[Tensor], low: Tensor, size: Size, done: int, first: int
+    bands: Iterable[Tensor], low: Tensor, size: Size, row: int, first: int
 ) -> Iterator[Tensor]:
     """Do to an image that comes in bands of rows what `back_project` does to the whole.
 
     With e = low - reduced(rgb), two rounds add enlarged(2 e - reduced(enlarged(e))). Each band
-    waits for the rows below it that its correction depends on. The bands begin at row `first`, the
-    result at row `done`.
+    waits for the rows below it that its correction depends on, of which only the reduced columns
+    count. The bands begin at row `first`, the result at row `row`.
     """
     (n, width), total = low.shape[-2:], size[0]
-    rgb = torch.empty(3, 0, size[1], device=low.device)
+    narrow, waiting = torch.empty(3, 0, width, device=low.device), deque()
     for band in bands:
-        rgb = torch.cat([rgb, band], dim=1)
-        end, rest = first + rgb.shape[1], range(done, total)
-        stop = done + bisect_right(rest, end, key=lambda x: _depends(n, total, done, x + 1)[-1][1])
-        if stop == done:
-            continue
-        of_low, of_rgb, of_error, _ = _depends(n, total, done, stop)
-        reduced = _columns(_rows(rgb, first, (total, n), of_error), width)
-        error = as_floats(low[:, slice(*of_error)]) - reduced
-        again = _rows(error, of_error[0], (n, total), of_rgb)  # (3, rows, w)
-        again = _rows(again, of_rgb[0], (total, n), of_low)
-        again = _columns(_columns(again, size[1]), width)
-        inner = error[:, of_low[0] - of_error[0] : of_low[1] - of_error[0]]
-        added = _columns(2 * inner - again, size[1])
-        added = _rows(added, of_low[0], (n, total), (done, stop))
-        yield rgb[:, done - first : stop - first] + added
-        done = stop
-        if done < total:
-            needed = _depends(n, total, done, done + 1)[-1][0]
-            rgb, first = rgb[:, needed - first :], needed
+        above = row - first - narrow.shape[1]
+        narrow = torch.cat([narrow, _columns(band, width)], dim=1)
+        if above < band.shape[1]:
+            waiting.append(band[:, max(0, above) :])
+        while waiting:
+            span = row, row + waiting[0].shape[1]
+            of_low, of_rgb, of_error, (_, needed) = _depends(n, total, *span)
+            if needed > first + narrow.shape[1]:
+                break
+            error = as_floats(low[:, slice(*of_error)]) - _rows(narrow, first, (total, n), of_error)
+            again = _rows(error, of_error[0], (n, total), of_rgb)
+            again = _rows(again, of_rgb[0], (total, n), of_low)
+            again = _columns(_columns(again, size[1]), width)
+            inner = error[:, of_low[0] - of_error[0] : of_low[1] - of_error[0]]
+            added = _columns(2 * inner - again, size[1])  # (3, rows, W)
+            yield waiting.popleft() + _rows(added, of_low[0], (n, total), span)
+            row = span[1]
+            needed = _depends(n, total, row, row + 1)[-1][0]
+            narrow, first = narrow[:, needed - first :], needed
 
 
 def _depends(n: int, total: int, start: int, stop: int) -> list[tuple[int, int]]:

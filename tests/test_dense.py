@@ -44,6 +44,8 @@ def by_points(head, f, size, window=None):
         ((2, 70), (130, 3), None),  # a table wider than the image
         ((3, 4), (5, 1500), None),  # wider than a block
         ((3, 4), (99_991, 70_001), (99_000, 41, 7, 1100)),
+        ((13, 16), (40, 60), (18, 22, 3, 9)),  # among a few of the features
+        ((13, 16), (40, 60), (0, 50, 3, 10)),  # in a corner
     ],
     ids=str,
 )

@@ -287,8 +287,7 @@ def test_bands_of_any_height_from_any_row_are_the_same(scale, side, monkeypatch)
         seen.clear()
         found = list(bands(first_stage, low, size, noisy_tiles(low, side), row=row))
         torch.testing.assert_close(torch.cat(found, dim=1), whole[:, row:], atol=1e-5, rtol=0)
-        if row == 0 and scale > 1:
-            assert max(band.shape[1] for band in found) < 20 * scale
+        assert max(band.shape[1] for band in found) <= 3  # the last ones, too
     assert len(seen) <= 6 or side == 9  # what lies above is not decoded
 
 
