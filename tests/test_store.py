@@ -531,6 +531,16 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_link_to_itself_is_no_output(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop", tmp_path / "loop" / "a.png"):
+        with pytest.raises(OSError, match="loop"):
+            store.check_writable(path)
+    with store.locked(tmp_path / "loop"):
+        pass
+
+
 # Two processes, and network shares ----------------------------------------------------------------
 
 HOLDER = """
