@@ -408,8 +408,8 @@ def test_a_manifest_without_a_scale_factor(model_folder):
 
 
 def test_loading_imports_no_compiler(model_folder):
-    """As drawing normal numbers on the meta device does, for seconds."""
-    code = f"import arbscale, sys; arbscale.load({str(model_folder)!r}); "
+    """As drawing normal numbers on the meta device and `torch.compiler` do, for seconds."""
+    code = f"import arbscale.__main__, sys; arbscale.load({str(model_folder)!r}); "
     code += "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
