@@ -29,8 +29,7 @@ from arbscale.unet import launched, pick_device
 MAX_PIXELS = 400_000_000  # of an output file; more than an image viewer opens
 MAX_SIDE = 100_000  # pixels
 LARGE = 16_000_000  # pixels; from here on a TIFF file is written in bands
-BATCH, BATCH_PIXELS = 16, 4_000_000  # generated at a time, at most
-MAX_NUMBER = 10**9  # of images
+BATCH, BATCH_PIXELS, MAX_NUMBER = 16, 4_000_000, 10**9  # generated at a time, and in all
 Output = Annotated[Path, arg(aliases=["-o"], help="an image file")]
 Model = Annotated[str, arg(help="name or folder")]
 Quality = Annotated[int, arg(help="of JPEG, WebP and AVIF, 1 to 100")]
@@ -200,8 +199,11 @@ def upscale(
                     bar.write(f"left out: {error}", file=sys.stderr)
                 else:
                     to = target if _is_large(target, to_size) else None
-                    more = {"size": to_size, "progress": _shown_by(bar, i), "to": to}
-                    large = loaded.upscale(low, **options, **more)
+
+                    def progress(done: int, total: int, before: int = i) -> None:
+                        bar.update(before + done / total - bar.n)
+
+                    large = loaded.upscale(low, size=to_size, **options, progress=progress, to=to)
                     if not to:
                         output_files.write_image(large, target, quality, exif)
                     if finished:
@@ -237,9 +239,7 @@ def train(words: Positional[tuple[str, ...]]) -> None:
     """Train a preset through its four stages; `train NAME --help` lists every number."""
     from arbscale.training import command
 
-    options = command.parse(list(words))
-    store.check_writable(options.output / store.MANIFEST)
-    command.train(options)
+    command.train(command.parse(list(words)))
 
 
 def convert(
@@ -288,11 +288,6 @@ def download(
     for folder in folders:
         print(f"{folder} is complete")
     print(downloads.TERMS[name])
-
-
-def _shown_by(bar: tqdm, before: int) -> Any:
-    """Return a `progress(done, total)` of one image for a bar of several; `before` are done."""
-    return lambda done, total: bar.update(before + done / total - bar.n)
 
 
 def _is_large(path: Path, size: Size) -> bool:

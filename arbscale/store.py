@@ -140,7 +140,7 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
     state: dict[str, Tensor] = {}
     for entry in manifest["files"]:
         path = folder / entry["name"]
-        if path.resolve().parent != folder.resolve():
+        if os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
             raise InputError(f"{path} is named in the manifest but lies in another folder")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is named in the manifest but missing; fetch it again")
@@ -251,8 +251,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def check_writable(path: str | Path) -> None:
     """Raise OSError where a file cannot be written at `path`: before hours of work, not after."""
-    path = Path(path)
-    parent = next(folder for folder in Path(os.path.realpath(path)).parents if folder.exists())
+    path, real = Path(path), Path(os.path.realpath(path))
+    parent = next(folder for folder in real.parents if folder.exists())
+    if any(place.is_symlink() for place in (real, *real.parents)):
+        raise OSError(f"{path} leads through a link to itself; name another output")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file")
     if not parent.is_dir():
@@ -291,7 +293,7 @@ def locked(path: str | Path) -> Iterator[None]:
     The lock is a file beside `path` that names its holder. The system releases it when the process
     ends, even by a kill, so none is left behind. Raises StateError that says who holds the lock.
     """
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))
     lock = path.with_name(f".{path.name}.lock")
     if lock in _HELD:
         yield

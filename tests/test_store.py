@@ -408,8 +408,8 @@ def test_a_manifest_without_a_scale_factor(model_folder):
 
 
 def test_loading_imports_no_compiler(model_folder):
-    """As drawing normal numbers on the meta device does, for seconds."""
-    code = f"import arbscale, sys; arbscale.load({str(model_folder)!r}); "
+    """As drawing normal numbers on the meta device and `torch.compiler` do, for seconds."""
+    code = f"import arbscale.__main__, sys; arbscale.load({str(model_folder)!r}); "
     code += "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -529,6 +529,16 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
         with pytest.raises(OSError):
             store.check_writable(path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_link_to_itself_is_no_output(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop", tmp_path / "loop" / "a.png"):
+        with pytest.raises(OSError, match="loop"):
+            store.check_writable(path)
+    with store.locked(tmp_path / "loop"):
+        pass
 
 
 # Two processes, and network shares ----------------------------------------------------------------

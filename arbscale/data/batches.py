@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def targets(images: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
 def _inside(image: Path, output: Path) -> list[tuple[str, Path]]:
     """Return the images that a path stands for, and the name that each keeps."""
     root = image if image.is_dir() else image.parent
-    if output.resolve() == root.resolve() or image.resolve() in output.resolve().parents:
+    out, read, within = (Path(os.path.realpath(path)) for path in (output, root, image))
+    if out == read or within in out.parents:
         raise store.InputError(f"{output} lies where the images are read; name another folder")
     if not image.is_dir():
         return [(image.name, image)]

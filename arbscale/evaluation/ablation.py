@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from tyro.conf import arg
 
-from arbscale import presets, training
+from arbscale import presets
 from arbscale.data import open_dataset
 from arbscale.diffusion import denoising_loss
 from arbscale.evaluation.bench import images_per_second
@@ -28,7 +28,6 @@ from arbscale.metrics import frechet_distance, precision_recall
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset
 from arbscale.store import InputError, content_key
-from arbscale.training import Run
 from arbscale.unet import pick_device
 
 FIRST_STAGES = {"scenes": ("scenes", "scenes"), "cats": ("photos-tiny", "afhq_cats")}
@@ -126,6 +125,8 @@ class _Arena:
     """One data set's latents and images, where contestants meet."""
 
     def __init__(self, data: str, settings: Settings, partial: Partial):
+        from arbscale import training  # it loads the compiler, for seconds
+
         self.data, self.settings, self.partial = data, settings, partial
         self.device = pick_device()
         shipped, name = FIRST_STAGES[data]
@@ -178,10 +179,12 @@ class _Arena:
     def _train(
         self, preset: Preset, seed: int, folder: str
     ) -> tuple[ArbitraryScaleModel, list[float]]:
+        from arbscale import training
+
         torch.manual_seed(seed)
         model = ArbitraryScaleModel(preset).to(self.device)
         model.first_stage.load_state_dict(self.base.first_stage.state_dict())
-        run = Run(
+        run = training.Run(
             folder=self.partial.folder / folder,
             resume=True,
             save_every=200,

@@ -117,10 +117,9 @@ def train(options: TrainOptions) -> None:
     RuntimeError if another run has the folder or the output, if training stops, or if the result
     cannot be written; ValueError for options that do not fit.
     """
+    store.check_writable(options.output / store.MANIFEST)
     if options.profile:
         return _profile(options)
-    if options.output.is_file():
-        raise InputError(f"{options.output} is a file; name a folder for the weights")
     outputs = (options.run.folder, options.output) if process_state().is_main_process else ()
     with contextlib.ExitStack() as locks:
         for path in outputs:
