@@ -75,8 +75,10 @@ def jupyter(folder: Path) -> Iterator[str]:
     """Serve a copy of the notebooks by JupyterLab and Notebook 7; yield the address of both."""
     tree = folder / "tree"
     shutil.copytree(ROOT / "notebooks", tree / "notebooks")
-    shutil.copy(ROOT / "README.md", tree)
-    (tree / "data").symlink_to(ROOT / "data")
+    for text in (ROOT / "README.md", *ROOT.glob("data/**/*.md")):  # what the notebooks link to
+        copy = tree / text.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(text, copy)
     (tree / "outputs").mkdir()
     settings = folder / "lab/user-settings/@jupyterlab/notebook-extension"
     settings.mkdir(parents=True)
