@@ -76,9 +76,9 @@ class ArbitraryScaleModel(nn.Module):
 
         `size` is (height, width) or the side of a square; for seed, steps and sampler see
         `samplers.Sampling`. The same seed gives the same images at every size of one aspect ratio,
-        and image i does not depend on `n`. For another ratio the
-        latent grid takes that ratio at about the area that the model was trained at. Several calls
-        with one `generator` continue its stream of noise: they give the images of one large call.
+        and image i does not depend on `n`. For another ratio the latent grid takes that ratio at
+        about the area that the model was trained at. Several calls with one `generator` continue
+        its stream of noise: they give the images of one large call.
         """
         size = check_size(size)
         z = self.sample(n, seed, steps, sampler, self.latent_grid(size), progress, generator)
@@ -362,8 +362,7 @@ class ArbitraryScaleModel(nn.Module):
             raise InputError(f"the manifest in {folder}: {error}") from None
         found = {name: tensor.shape for name, tensor in state.items()}
         if misfits := sorted(dict(wanted.items() ^ found.items())):
-            more = f"{misfits[0]} and {len(misfits) - 1} more"
-            text = f"the weights in {folder} do not fit the preset in its manifest: {more}"
+            text = f"the weights in {folder} do not fit the preset in its manifest: {misfits[0]}"
             raise InputError(text)
         model = cls(preset, scale_factor, manifest)
         model.load_state_dict(state)
