@@ -253,6 +253,15 @@ def convert(
     print(compat.convert(checkpoint, config, output))
 
 
+def blend(
+    a: Positional[Model], b: Positional[Model], *, output: Output, share: float = 0.5
+) -> None:
+    """Interpolate the weights of A and of B, trained on from A, of which --share is taken."""
+    from arbscale.training import command
+
+    command.blend(a, b, output, share)
+
+
 def check(
     folder: Annotated[Positional[str], arg(help="a folder, or one below ARBSCALE_DATA")],
     *,
@@ -330,7 +339,7 @@ def _size(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
 
 COMMANDS = (
     *(demo, generate, upscale, train, evaluate, table),
-    *(check, bench, convert, download, ablate),
+    *(check, bench, convert, blend, download, ablate),
 )
 
 

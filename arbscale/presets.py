@@ -73,6 +73,7 @@ class Preset:
     kl_weight: float = 1e-6  # of the posterior's divergence, while the encoder is trained
     lpips_weight: float = 0.0  # of LPIPS beside L1; wants `crop`
     lattice_weight: float = 0.0  # of patterns that repeat with each latent pixel; wants `crop`
+    adversarial_weight: float = 0.0  # of a patch discriminator's opinion; wants `crop`
     flat: float = 0.0  # share of random crops that are reduced to their mean colour
     crop: int = 0  # side of a window of LIIF's targets, beside scattered points; 0: none
     prediction: Literal["eps", "v"] = "eps"  # what the denoiser gives: the noise or the velocity
@@ -89,8 +90,8 @@ class Preset:
         if self.lpips_weight and min(self.crop, low, self.image_size) < 32:
             sides = self.crop, self.image_size, self.target_sizes
             raise InputError(f"LPIPS takes crop, image_size, target_sizes from 32 px, got {sides}")
-        if self.lattice_weight and not self.crop:
-            raise InputError("lattice_weight is a weight of windows; set crop to their side")
+        if (self.lattice_weight or self.adversarial_weight) and not self.crop:
+            raise InputError("lattice and adversarial weights are of windows; set crop")
         if self.flat > 1:
             raise InputError(f"flat is a share of all crops, from 0 to 1, got {self.flat}")
 
@@ -231,6 +232,7 @@ def cats() -> Preset:
         alignment_lr=2e-5,
         lpips_weight=0.25,
         lattice_weight=100.0,
+        adversarial_weight=0.3,
         crop=64,
         prediction="v",
     )

@@ -184,6 +184,26 @@ def licence(data: str, begun: str = "") -> str:
     return " AND ".join(different.values())
 
 
+def blend(first: str, second: str, output: Path, share: float) -> None:
+    """Write the model between two, one trained on from the other (Wang et al. 2018, ESRGAN).
+
+    ValueError unless `share`, that of the second, is in [0, 1] and both are one kind of network.
+    """
+    store.check_writable(output / store.MANIFEST)
+    if not 0 <= share <= 1:
+        raise InputError(f"--share is from 0 to 1, got {share}")
+    a, b = map(ArbitraryScaleModel.load, (first, second))
+    old, new = a.state_dict(), b.state_dict()
+    if {k: v.shape for k, v in old.items()} != {k: v.shape for k, v in new.items()}:
+        raise InputError(f"{first} and {second} are different networks; blend two of one kind")
+    if a.scale_factor != b.scale_factor:
+        raise InputError(f"{first} and {second} scale latents differently; blend two of one run")
+    b.load_state_dict({name: torch.lerp(old[name], new[name], share) for name in new})
+    b.manifest |= {"commands": [*b.manifest.get("commands", []), _command()]}
+    b.save(output, half=True)
+    print(f"{output}: {1 - share:g} of {first}, {share:g} of {second}")
+
+
 def _stages(
     model: ArbitraryScaleModel, source: sources.Source, options: TrainOptions
 ) -> Iterator[tuple[str, list[float]]]:

@@ -26,6 +26,7 @@ from arbscale.coords import cell, grid
 from arbscale.data import resize
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset, build_decoder
+from arbscale.training.adversary import PatchDiscriminator
 from arbscale.training.draws import step_generator
 from arbscale.training.loop import Run, Stage, optimise
 from arbscale.training.losses import lattice, perceptual
@@ -89,9 +90,10 @@ def train_decoder(
     compares `POINTS` scattered pixels of each image by L1, and all pixels of a window, too, where
     `preset.crop` is set. LPIPS counts in full up to the encoder's input size, and less and less
     from there to four times that size, where it is left out. Patterns that repeat with each latent
-    pixel of the window cost `preset.lattice_weight`. With `freeze_encoder=False` the
-    encoder is trained along, as in the released code's default. Latents that the denoiser sampled
-    differ from encoded ones; with `resample` the decoder learns on both.
+    pixel of the window cost `preset.lattice_weight`. With `preset.adversarial_weight` a patch
+    discriminator learns along, and its opinion of the window fades like LPIPS. With
+    `freeze_encoder=False` the encoder is trained along, as in the released code's default. Latents
+    that the denoiser sampled differ from encoded ones; with `resample` the decoder learns on both.
     Implements the first stage of Kim and Kim 2024.
     """
     stage = DecoderStage(first_stage, source, preset, freeze_encoder, resample)
@@ -269,6 +271,8 @@ class DecoderStage(FrozenEncoderStage):
         self.resample = resample
         self.first_stage, self.joint = first_stage.requires_grad_(True), not freeze_encoder
         first_stage.encoder.requires_grad_(self.joint)
+        device = next(first_stage.parameters()).device
+        self.discriminator = PatchDiscriminator().to(device) if preset.adversarial_weight else None
 
     def facts(self) -> dict[str, Any]:
         """Return the images, and whether the encoder learns."""
@@ -331,9 +335,13 @@ class DecoderStage(FrozenEncoderStage):
         windows = [x[:, POINTS:].mT.unflatten(-1, (side, side)) for x in (rgb, colors)]
         if self.preset.lattice_weight:
             loss = loss + self.preset.lattice_weight * lattice(*windows, places, z.shape[-1])
-        # What is finer than the encoder's input no latent holds: there LPIPS would invent.
-        known = self.preset.image_size * cells[0, 0]  # twice the input's side over the target's
-        return loss + known.clamp(max=1) ** 4 * perceptual(self.preset, *windows)
+        realism = perceptual(self.preset, *windows)
+        ratio = 2 / cells[0, 0] / self.preset.image_size  # the target's side over the input's
+        if self.discriminator:
+            deceived, judged = self.discriminator.losses(*windows, ratio.log2())
+            realism, loss = realism + self.preset.adversarial_weight * deceived, loss + judged
+        # What is finer than the encoder's input no latent holds: there both would invent.
+        return loss + (2 / ratio).clamp(max=1) ** 4 * realism
 
     @torch.no_grad()
     def preview(self) -> list[tuple[Tensor, str]]:
