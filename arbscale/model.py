@@ -314,9 +314,8 @@ class ArbitraryScaleModel(nn.Module):
         """
 
         def noise(z: Tensor, t: Tensor) -> Tensor:
-            last = z.contiguous(memory_format=torch.channels_last)  # convolutions are faster
             with computing(z.device, dtype):
-                out = self.denoiser(last, t, condition).to(z)  # (B, c, h, w)
+                out = self.denoiser(z, t, condition).to(z)  # (B, c, h, w)
             if self.preset.prediction == "eps":
                 return out
             alpha_bar = self.schedule.at(t, z)

@@ -143,7 +143,7 @@ def blended(
 
     def parts(z: Tensor, t: Tensor) -> Iterator[tuple[Place, Tensor]]:
         for place, denoise in denoisers:
-            yield place, denoise(z[place], t)
+            yield place, denoise(z[place].contiguous(memory_format=torch.channels_last), t)
             if after:
                 after()
 
