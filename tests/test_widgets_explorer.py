@@ -249,6 +249,18 @@ def test_a_photograph_is_enlarged_uploaded_refused_and_cancelled(enlarger, monke
     assert "mine.png" in ask(explorer, scale=2)["note"]
 
 
+def test_what_a_photograph_was_compared_with_goes_with_it(enlarger):
+    grey = np.zeros((20, 24, 3), "uint8")
+    explorer = ScaleExplorer(enlarger, image=grey, steps=1, limit=32, truth=grey, other=grey)
+    assert {"truth", "other"} < set(dict(explorer.answer["rivals"]))
+    answer = ask(explorer, "photo", [png(20, 24)], name="small.png", part=0, parts=1)
+    assert "small.png" in answer["note"]
+    assert not {"truth", "other"} & set(dict(answer["rivals"]))
+    ask(explorer, "photo", [png(30, 64)], name="large.png", part=0, parts=1)
+    ask(explorer, scale=2.0, rival="truth")
+    assert pixels(explorer.right).any()  # the original, not the grey image
+
+
 def test_newer_work_cancels_the_older():
     worker, done, started = Worker(), [], threading.Event()
 

@@ -180,5 +180,5 @@ def test_a_large_photograph_is_its_own_truth():
 def test_images_on_a_gpu_are_shown():
     """On the CPU, where what a browser shows is made."""
     given = image(6, 8).cuda()
-    assert opened(given, 4).low.device.type == "cpu"
+    assert opened(given, 4, {}).low.device.type == "cpu"
     assert sources.as_source(given).render((5, 5), (0, 0, 5, 5)).device.type == "cpu"

@@ -123,8 +123,8 @@ class ScaleExplorer(anywidget.AnyWidget):
             self._generator = Generator(model, other, extra)
             self._subject = self._generator.subject(self._settings)
         elif self.kind == "enlarge":
-            self._photo = opened(image, limit)
-            self._enlarger = Enlarger(model, other, extra)
+            self._photo = opened(image, limit, extra)
+            self._enlarger = Enlarger(model, other)
             self._subject = self._enlarger.subject(self._photo, self._settings)
         else:
             self._subject = given(model, features, size, extra)

@@ -10,7 +10,7 @@ import io
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -287,6 +287,7 @@ class Photo:
     low: Tensor
     truth: Tensor | None
     name: str
+    extra: dict[str, tuple[str, Source]] = field(default_factory=dict)  # given to compare it with
 
     @classmethod
     def reduced(cls, image: Tensor, name: str, limit: int) -> Photo:

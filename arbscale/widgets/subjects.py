@@ -99,7 +99,6 @@ class Enlarger:
 
     model: ArbitraryScaleModel
     other: ArbitraryScaleModel | None
-    extra: Rivals
 
     def subject(
         self, photo: Photo, settings: Settings, progress: Progress | None = None
@@ -119,7 +118,7 @@ class Enlarger:
             other = enlarge(self.other, photo.low, settings.sampling, quiet)
             rivals["other"] = f"{self.other.preset.name}, the other model", other
         code = partial(enlarger_code, self.model, settings, photo)
-        return Subject(source, rivals | self.extra, code, photo.note)
+        return Subject(source, rivals | photo.extra, code, photo.note)
 
 
 def own(source: Source, size: Size) -> Rivals:
@@ -141,10 +140,12 @@ def extra_rivals(truth: Any, other: Any) -> Rivals:
     return extra
 
 
-def opened(image: Any, limit: int) -> Photo:
+def opened(image: Any, limit: int, extra: Rivals) -> Photo:
     """Take a photograph as a path, or as anything that `to_tensor` takes."""
     from arbscale.data import load_image, to_tensor
 
     if isinstance(image, (str, Path)):
-        return Photo.reduced(load_image(image), Path(image).name, limit)
-    return Photo.reduced(to_tensor(image).cpu(), "photo.png", limit)
+        photo = Photo.reduced(load_image(image), Path(image).name, limit)
+    else:
+        photo = Photo.reduced(to_tensor(image).cpu(), "photo.png", limit)
+    return replace(photo, extra=extra)
