@@ -91,16 +91,6 @@ def test_upscale_takes_a_users_file(run, tmp_path, mode):
         assert (out.mode, out.size) == ("RGBA" if mode == "RGBA" else "RGB", (59, 44))
 
 
-def test_upscale_turns_a_photograph_upright(run, tmp_path):
-    picture = Image.fromarray(gradient()).convert("RGB")
-    exif = picture.getexif()
-    exif[274] = 6  # orientation: turn by 90 degrees
-    picture.save(tmp_path / "in.jpg", exif=exif)
-    assert run("upscale", "in.jpg", "--scale", 2, "--steps", 2, "-o", "out.jpg")[0] == 0
-    with Image.open(tmp_path / "out.jpg") as out:
-        assert out.size == (24, 32)
-
-
 def test_upscale_says_what_it_converts_and_keeps_exif(run, tmp_path, capsys, monkeypatch):
     exif = Image.Exif()
     exif[274], exif[272] = 6, "a camera"

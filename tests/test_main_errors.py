@@ -182,8 +182,8 @@ def test_many_images_come_batch_by_batch(run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return generate(self, n, *args, **options)
 
-    said = []
-    monkeypatch.setattr("arbscale.__main__.print", said.append, raising=False)
+    said, name = [], "arbscale.__main__.print"
+    monkeypatch.setattr(name, lambda text, **_: said.append(text), raising=False)
     monkeypatch.setattr(ArbitraryScaleModel, "generate", stops)
     assert run("generate", "-n", 10**9, *words[3:], "-o", "many.png")[0] == 130
     assert "1000000000 images" in said[0] and "768000 MB" in said[0]  # before the first

@@ -179,22 +179,12 @@ def test_an_unknown_name(tmp_path):
         arbscale.load("no-such-model")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"format": 2}', '{"format": 1}'])
-def test_a_damaged_manifest(folder, text):
-    (folder / store.MANIFEST).write_text(text)
-    with pytest.raises(ValueError, match="manifest.json"):
-        store.load(folder)
+NO_MANIFESTS = b"", b"{", b"[]", b"3", b"null", b'{"format": 2}', b'{"format": 1}', b"\xff\xfe\x00"
 
 
-def test_a_manifest_that_is_no_text(folder):
-    (folder / store.MANIFEST).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="manifest.json"):
-        store.load(folder)
-
-
-@pytest.mark.parametrize("field", ["name", "sha256", "bytes"])
-def test_a_manifest_whose_files_are_half_described(folder, field):
-    edit(folder, lambda m: m["files"][0].pop(field))
+@pytest.mark.parametrize("content", [*NO_MANIFESTS, b"[" * 200_000], ids=lambda x: repr(x[:20]))
+def test_a_damaged_manifest(folder, content):
+    (folder / store.MANIFEST).write_bytes(content)
     with pytest.raises(ValueError, match="manifest.json"):
         store.load(folder)
 
@@ -210,12 +200,6 @@ def test_a_manifest_whose_files_are_described_by_other_types(folder, field, valu
 @pytest.mark.parametrize("preset", [[], "tiny", 3, ["name"]], ids=repr)
 def test_a_manifest_whose_preset_is_none(folder, preset):
     edit(folder, lambda m: m.update(preset=preset))
-    with pytest.raises(ValueError, match="manifest.json"):
-        store.load(folder)
-
-
-def test_a_manifest_that_is_nested_without_end(folder):
-    (folder / store.MANIFEST).write_text("[" * 200_000)
     with pytest.raises(ValueError, match="manifest.json"):
         store.load(folder)
 
