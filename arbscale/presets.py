@@ -232,7 +232,6 @@ def cats() -> Preset:
         alignment_lr=2e-5,
         lpips_weight=0.25,
         lattice_weight=100.0,
-        adversarial_weight=0.3,
         crop=64,
         prediction="v",
     )
