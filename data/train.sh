@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a family from its data, stage by stage, into data/FAMILY.
-#   data/train.sh photos             one CPU thread, an hour
+#   data/train.sh photos             one CPU thread, some four hours
 #   PROCESSES=2 data/train.sh cats   the denoiser in that many processes, on as many cores or GPUs
 #   SCALE=2 data/train.sh cats       that many times the steps
 # ARBSCALE_DATA names the folder of the data: afhq_cats (`python -m arbscale download afhq`; a copy
@@ -33,12 +33,15 @@ case $family in
     launch=("$python" -m)
     train runs/cats-student --start runs/cats-denoiser "${data[@]}" --teacher "$teacher" \
       --preset.tiny-channels 40 --steps $((1500 * scale)) 0 0 0
-    train data/cats --start runs/cats-student "${data[@]}" --sample-every 0 --steps 0 0 0 200
+    train runs/cats-adversarial --start runs/cats-student "${data[@]}" --resampled 0.5 \
+      --preset.first-stage-lr 4e-4 --preset.adversarial-weight 0.3 --steps 0 $((1000 * scale)) 0 0
+    "${launch[@]}" arbscale blend runs/cats-student runs/cats-adversarial -o data/cats
     ;;
   photos)
-    train runs/photos-unaligned --data sr --joint --pool 6144 \
-      --steps 0 $((5000 * scale)) $((5500 * scale)) 0
-    train data/photos --start runs/photos-unaligned --data sr --sample-every 0 --steps 0 0 0 200
+    train runs/photos-encoded --data sr --joint --pool 6144 \
+      --steps 0 $((5000 * scale)) $((6500 * scale)) 0
+    train data/photos --start runs/photos-encoded --data sr --resampled 0.7 \
+      --preset.first-stage-lr 6e-4 --steps 0 $((3200 * scale)) 0 0
     ;;
   *) echo "there is no family $family; name cats or photos" >&2; exit 2 ;;
 esac
