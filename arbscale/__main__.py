@@ -31,6 +31,7 @@ MAX_SIDE = 100_000  # pixels
 LARGE = 16_000_000  # pixels; from here on a TIFF file is written in bands
 BATCH, BATCH_PIXELS, MAX_NUMBER = 16, 4_000_000, 10**9  # generated at a time, and in all
 Output = Annotated[Path, arg(aliases=["-o"], help="an image file")]
+Folder = Annotated[Path, arg(aliases=["-o"], help="a folder that arbscale.load reads")]
 Model = Annotated[str, arg(help="name or folder")]
 Quality = Annotated[int, arg(help="of JPEG, WebP and AVIF, 1 to 100")]
 Drawn = Annotated[Sampling, arg(name="")]
@@ -246,7 +247,7 @@ def convert(
     checkpoint: Annotated[Positional[Path], arg(help="of the paper's code or of CompVis LDM")],
     *,
     config: Annotated[Path, arg(help="its YAML as published")],
-    output: Annotated[Path, arg(aliases=["-o"], help="a folder that arbscale.load reads")],
+    output: Folder,
 ) -> None:
     """Convert a published checkpoint to a folder that arbscale.load reads."""
     store.check_writable(output / store.MANIFEST)
@@ -254,9 +255,9 @@ def convert(
 
 
 def blend(
-    a: Positional[Model], b: Positional[Model], *, output: Output, share: float = 0.5
+    a: Positional[Model], b: Positional[Model], *, output: Folder, share: float = 0.5
 ) -> None:
-    """Interpolate the weights of A and of B, trained on from A, of which --share is taken."""
+    """Mix the weights of model A with a share (0 to 1) of those of B, trained on from A."""
     from arbscale.training import command
 
     command.blend(a, b, output, share)

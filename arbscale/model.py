@@ -18,7 +18,7 @@ from arbscale import presets, store
 from arbscale.coords import Size, Window, check_size, same_area, scaled_size
 from arbscale.diffusion import Denoiser
 from arbscale.presets import Preset
-from arbscale.samplers import Callback, Sampling, streams
+from arbscale.samplers import UPSCALING, Callback, Sampling, streams
 from arbscale.store import InputError, StateError
 from arbscale.tiles import BAND, Tile, as_floats, bands, blend, blended, noise_field, paint, tiles
 from arbscale.unet import computing, limit_attention, pick_precision
@@ -67,8 +67,8 @@ class ArbitraryScaleModel(nn.Module):
         n: int,
         size: int | Size,
         seed: int = 0,
-        steps: int = 25,
-        sampler: str = "sde_dpm_solver_pp",
+        steps: int = Sampling.steps,
+        sampler: str = Sampling.sampler,
         progress: Progress | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -89,8 +89,8 @@ class ArbitraryScaleModel(nn.Module):
         self,
         n: int,
         seed: int = 0,
-        steps: int = 25,
-        sampler: str = "sde_dpm_solver_pp",
+        steps: int = Sampling.steps,
+        sampler: str = Sampling.sampler,
         grid: Size | None = None,
         progress: Progress | None = None,
         generator: torch.Generator | None = None,
@@ -121,8 +121,8 @@ class ArbitraryScaleModel(nn.Module):
         scale: float | None = None,
         size: int | Size | None = None,
         seed: int = 0,
-        steps: int = 3,
-        sampler: str = "dpm_solver_pp",
+        steps: int = UPSCALING.steps,
+        sampler: str = UPSCALING.sampler,
         tile: int | None = None,
         progress: Progress | None = None,
         precision: str = "float32",

@@ -287,6 +287,6 @@ def pipeline(*highlight: str) -> None:
         arrow((x, 4.4), (x + 0.4, 4.4))
     arrow((1.4, 1.6), (1.8, 1.6))
     arrow((4.6, 1.6), (5.3, 3.9), connectionstyle="angle,angleA=0,angleB=90,rad=6")
-    write(5.5, 2.6, "20 steps", ha="left")
+    write(5.5, 2.6, "steps", ha="left")
     names = " and ".join(PARTS[name][0].replace("\n", " ") for name in highlight) or "none"
     show_plot(f"the pipeline from image or noise to an image of any size; highlighted: {names}")

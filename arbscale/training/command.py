@@ -177,7 +177,11 @@ def licence(data: str, begun: str = "") -> str:
             places |= {*find_folder(data).resolve().parts}
         known = {place.lower() for place in places} & LICENCES.keys()
         own = LICENCES[min(known)] if known else UNKNOWN
-    terms = [*(begun.split(" AND ") if begun else ()), own]
+    return _joined(begun, own)
+
+
+def _joined(*licences: str) -> str:
+    terms = [text for licence in licences if licence for text in licence.split(" AND ")]
     different = {re.split("[,;]", text)[0]: text for text in terms}  # by what they begin with
     if len(different) > 1:
         different.pop("MIT", None)
@@ -199,7 +203,9 @@ def blend(first: str, second: str, output: Path, share: float) -> None:
     if a.scale_factor != b.scale_factor:
         raise InputError(f"{first} and {second} scale latents differently; blend two of one run")
     b.load_state_dict({name: torch.lerp(old[name], new[name], share) for name in new})
-    b.manifest |= {"commands": [*b.manifest.get("commands", []), _command()]}
+    terms = (model.manifest.get("licence", UNKNOWN) for model in (a, b))
+    commands = [*b.manifest.get("commands", []), _command()]
+    b.manifest |= {"licence": _joined(*terms), "commands": commands}
     b.save(output, half=True)
     print(f"{output}: {1 - share:g} of {first}, {share:g} of {second}")
 
