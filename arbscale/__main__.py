@@ -6,7 +6,6 @@ import contextlib
 import math
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -33,6 +32,7 @@ BATCH, BATCH_PIXELS, MAX_NUMBER = 16, 4_000_000, 10**9  # generated at a time, a
 Output = Annotated[Path, arg(aliases=["-o"], help="an image file")]
 Folder = Annotated[Path, arg(aliases=["-o"], help="a folder that arbscale.load reads")]
 Model = Annotated[str, arg(help="name or folder")]
+Named = Positional[Model]
 Quality = Annotated[int, arg(help="of JPEG, WebP and AVIF, 1 to 100")]
 Drawn = Annotated[Sampling, arg(name="")]
 BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}]"
@@ -86,7 +86,7 @@ def demo(output: Output = Path("outputs/demo.png"), seed: int = 41) -> None:
 
 
 def generate(
-    model: Positional[Model] = "cats",
+    model: Named = "cats",
     *,
     output: Output,
     number: Annotated[int, arg(aliases=["-n"], help="of images")] = 1,
@@ -97,8 +97,8 @@ def generate(
 ) -> None:
     """Generate images from noise at any size; several are numbered.
 
-    A large TIFF file is written in bands, in little memory; rerun the same command to resume.
-    Processes that accelerate or torchrun launched together make a share each.
+    A large TIFF file is written in bands, in little memory; rerun the same command to resume. Of
+    processes that accelerate or torchrun launched, each makes a share.
     """
     from arbscale.data import to_pil
     from arbscale.viz import contact_sheet
@@ -119,7 +119,7 @@ def generate(
     if number > batch and not rank:
         megabytes = 3 * number * size[0] * size[1] / 1e6
         print(f"{number} images, {batch} at a time, at most {megabytes:.0f} MB")
-    generator, started, items = sampling.generator(), time.perf_counter(), []
+    generator, items = sampling.generator(), []
     digits = max(3, len(str(number - 1)))
 
     def path(i: int) -> Path:
@@ -145,9 +145,6 @@ def generate(
                     items.append((image, f"{i}"))
                 else:
                     _write(to_pil(image), path(i), quality)
-            if first == 0 and len(share) > 1:
-                minutes = (time.perf_counter() - started) * (len(share) - 1) / 60
-                print(f"about {minutes:.0f} minutes to go")
     if sheet:
         _write(contact_sheet(items, columns=4, box=max(size)), output, quality)
 
@@ -169,10 +166,9 @@ def upscale(
 ) -> None:
     """Enlarge images by any factor or to any size: give --scale or --size.
 
-    Several images keep their names, in the folder --output. An image that cannot be used is named
-    and left out. A large TIFF file is written in bands, in little memory, without EXIF or
-    transparency. Rerun the same command to resume: what it has finished is left as it is. Processes
-    that accelerate or torchrun launched together make a share each.
+    Several images keep their names, in the folder --output. What cannot be used is named and left
+    out. A large TIFF file is written in bands, in little memory, without EXIF or transparency.
+    Rerun the same command to resume. Of processes launched together, each makes a share.
     """
     if (scale is None) == (size is None):
         raise InputError("give either --scale, such as 3.7, or --size, such as 480x640")
@@ -254,13 +250,18 @@ def convert(
     print(compat.convert(checkpoint, config, output))
 
 
-def blend(
-    a: Positional[Model], b: Positional[Model], *, output: Folder, share: float = 0.5
-) -> None:
+def blend(a: Named, b: Named, *, output: Folder, share: float = 0.5) -> None:
     """Mix the weights of model A with a share (0 to 1) of those of B, trained on from A."""
     from arbscale.training import command
 
     command.blend(a, b, output, share)
+
+
+def guide(model: Named, weaker: Named, *, output: Folder, weight: float = 2.0) -> None:
+    """Let a weaker model's denoiser guide a model's sampling; 1 is the weight of no guidance."""
+    from arbscale.training import command
+
+    command.guide(model, weaker, output, weight)
 
 
 def check(
@@ -315,10 +316,9 @@ def _check_output(
 def _check_size(size: Size, most: int = MAX_PIXELS) -> Size:
     """Return the size of an image; InputError for one that no viewer opens."""
     if math.prod(size) > most or max(size) > MAX_SIDE:
-        raise InputError(
-            f"{size[0]} x {size[1]} is over {MAX_PIXELS // 10**6} million pixels, or {MAX_SIDE} a "
-            "side; take a smaller scale, or write a .tif, which may have more pixels"
-        )
+        most = f"{MAX_PIXELS // 10**6} million pixels, or {MAX_SIDE} a side"
+        text = "take a smaller scale, or write a .tif, which may have more pixels"
+        raise InputError(f"{size[0]} x {size[1]} is over {most}; {text}")
     return size
 
 
@@ -340,7 +340,7 @@ def _size(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
 
 COMMANDS = (
     *(demo, generate, upscale, train, evaluate, table),
-    *(check, bench, convert, blend, download, ablate),
+    *(check, bench, convert, blend, guide, download, ablate),
 )
 
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from arbscale import presets, store
 from arbscale.autoencoder import Encoder, FirstStage, SymmetricDecoder, TinyDecoder, TinyEncoder
-from arbscale.model import ArbitraryScaleModel, unfilled
+from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset
 from arbscale.store import InputError
-from arbscale.unet import UNet
+from arbscale.unet import UNet, unfilled
 
 State = dict[str, Tensor]
 Pairs = Iterable[tuple[str, str]]

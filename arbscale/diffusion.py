@@ -1,13 +1,14 @@
-"""The noise schedule and the two training losses of the latent diffusion model."""
+"""The noise schedule, what a denoiser's output means, and the diffusion's two training losses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arbscale.store import InputError
+from arbscale.unet import computing
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """`denoise(z_t, t) -> eps`: latents and noise (B, c, h, w), steps (B,) int64."""
@@ -55,6 +56,45 @@ class NoiseSchedule:
         """Return the alignment weight `w(t) = alpha_bar / (1 - alpha_bar)`, shape (B,), float64."""
         alpha_bar = self.alpha_bar[t.cpu()]
         return alpha_bar / (1 - alpha_bar)
+
+
+def noise_of(
+    network: nn.Module,
+    schedule: NoiseSchedule,
+    prediction: str,
+    condition: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Denoiser:
+    """Return `denoise(z_t, t)`, which gives the noise, with the network's condition filled in.
+
+    The network computes in `dtype`, float32 or bfloat16, between float32 latents and noise. One
+    whose `prediction` is "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho 2022)
+    is read as eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t; else it gives "eps" itself.
+    """
+
+    def denoise(z: Tensor, t: Tensor) -> Tensor:
+        with computing(z.device, dtype):
+            out = network(z, t, condition).to(z)  # (B, c, h, w)
+        if prediction == "eps":
+            return out
+        alpha_bar = schedule.at(t, z)
+        return alpha_bar.sqrt() * out + (1 - alpha_bar).sqrt() * z
+
+    return denoise
+
+
+def guided(denoise: Denoiser, guide: Denoiser, weight: float) -> Denoiser:
+    """Return a denoiser that goes beyond `denoise`, away from a weaker `guide`.
+
+    What the two disagree about is where the weaker one errs more; so the stronger one is moved on
+    along the difference. Implements autoguidance, Karras et al. 2024: guide + weight (denoise -
+    guide), where a `weight` of 1 is `denoise` alone.
+    """
+
+    def noise(z: Tensor, t: Tensor) -> Tensor:
+        return torch.lerp(guide(z, t), denoise(z, t), weight)
+
+    return noise
 
 
 def denoising_loss(

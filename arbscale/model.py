@@ -12,16 +12,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from arbscale import presets, store
 from arbscale.coords import Size, Window, check_size, same_area, scaled_size
-from arbscale.diffusion import Denoiser
+from arbscale.diffusion import Denoiser, guided, noise_of
 from arbscale.presets import Preset
 from arbscale.samplers import UPSCALING, Callback, Sampling, streams
 from arbscale.store import InputError, StateError
 from arbscale.tiles import BAND, Tile, as_floats, bands, blend, blended, noise_field, paint, tiles
-from arbscale.unet import computing, limit_attention, pick_precision
+from arbscale.unet import computing, limit_attention, pick_precision, unfilled
 
 OVERLAP = 12  # input pixels that neighbouring tiles share, at most a quarter of a tile
 BORDER = 4  # latent pixels by which tiles reach beyond an image
@@ -44,9 +43,10 @@ class ArbitraryScaleModel(nn.Module):
         self.preset = preset
         self.first_stage = presets.build_first_stage(preset)
         self.denoiser = presets.build_denoiser(preset)
+        self.guide = presets.build_guide(preset)  # None for most
         self.schedule = presets.build_schedule(preset)
         if preset.low_size:  # a photograph may be far larger than the training's crops
-            for part in (self.first_stage, self.denoiser):
+            for part in self.children():
                 limit_attention(part, 2 * preset.latent_size)
         self.scale_factor = _positive(scale_factor)
         self.manifest = manifest or {}
@@ -71,17 +71,19 @@ class ArbitraryScaleModel(nn.Module):
         sampler: str = Sampling.sampler,
         progress: Progress | None = None,
         generator: torch.Generator | None = None,
+        guidance: float | None = None,
     ) -> Tensor:
         """Generate n images from noise at any `size`: (n, 3, height, width) in [-1, 1].
 
-        `size` is (height, width) or the side of a square; for seed, steps and sampler see
-        `samplers.Sampling`. The same seed gives the same images at every size of one aspect ratio,
-        and image i does not depend on `n`. For another ratio the latent grid takes that ratio at
-        about the area that the model was trained at. Several calls with one `generator` continue
-        its stream of noise: they give the images of one large call.
+        `size` is (height, width) or the side of a square; seed, steps, sampler and guidance are as
+        in `samplers.Sampling`. The same seed gives the same images at every size of one aspect
+        ratio, and image i does not depend on `n`. For another ratio the latent grid takes that
+        ratio at about the area that the model was trained at. Several calls with one `generator`
+        continue its stream of noise: they give the images of one large call.
         """
         size = check_size(size)
-        z = self.sample(n, seed, steps, sampler, self.latent_grid(size), progress, generator)
+        grid = self.latent_grid(size)
+        z = self.sample(n, seed, steps, sampler, grid, progress, generator, guidance)
         return self.decode(z, size)
 
     @torch.no_grad()
@@ -94,6 +96,7 @@ class ArbitraryScaleModel(nn.Module):
         grid: Size | None = None,
         progress: Progress | None = None,
         generator: torch.Generator | None = None,
+        guidance: float | None = None,
     ) -> Tensor:
         """Draw n unscaled latents (n, c, h, w); `grid` is (h, w), by default as in training.
 
@@ -104,10 +107,10 @@ class ArbitraryScaleModel(nn.Module):
         self._check_precision()
         if n < 1:
             raise InputError(f"n is the number of images, at least 1, got {n}")
-        sampling = Sampling(steps, sampler, seed)
+        sampling = Sampling(steps, sampler, seed, guidance)
         noise = self.start_noise(n, grid, generator or sampling.generator())
         callback = progress and (lambda i, z_t, z_0: progress(i + 1, steps))
-        return self._sample(self.denoise(), noise, sampling, callback)
+        return self._sample(self.denoise(guidance=guidance), noise, sampling, callback)
 
     def start_noise(self, n: int, grid: Size | None, generator: torch.Generator) -> Tensor:
         """Draw the noise (n, c, h, w) that n images start from."""
@@ -127,6 +130,7 @@ class ArbitraryScaleModel(nn.Module):
         progress: Progress | None = None,
         precision: str = "float32",
         to: str | Path | None = None,
+        guidance: float | None = None,
     ) -> Any:
         """Enlarge an image to any size, tile by overlapping tile.
 
@@ -142,7 +146,7 @@ class ArbitraryScaleModel(nn.Module):
             (H, W), (H, W, 3) or (H, W, 4), or float tensor (3, H, W) or (B, 3, H, W) in [-1, 1].
         scale, size
             One of the two: a positive factor, or the output's (height, width).
-        seed, steps, sampler
+        seed, steps, sampler, guidance
             As in `samplers.Sampling`; the first step is half-way, from the input under noise.
         tile
             Side of a tile in pixels of the input; by default the largest for which an activation
@@ -171,7 +175,7 @@ class ArbitraryScaleModel(nn.Module):
         if not self.preset.low_size:
             raise StateError(f"{self.preset.name} is a generator; load a super-resolution model")
         self._check_precision()
-        sampling = Sampling(steps, sampler, seed)
+        sampling = Sampling(steps, sampler, seed, guidance)
         if isinstance(image, Tensor) and image.ndim == 4:
             if to:
                 raise InputError("a file holds one image; call once for each image of the batch")
@@ -180,7 +184,7 @@ class ArbitraryScaleModel(nn.Module):
 
             def one(i: int) -> Tensor:
                 report = progress and (lambda done, total: progress(i * total + done, n * total))
-                options = scale, size, seed, steps, sampler, tile, report, precision
+                options = scale, size, seed, steps, sampler, tile, report, precision, None, guidance
                 return self.upscale(image[i], *options)
 
             return torch.stack([one(i) for i in range(n)])
@@ -239,7 +243,7 @@ class ArbitraryScaleModel(nn.Module):
             with computing(self.device, dtype):
                 condition = self.condition(part, grid).float()
             conditions.append((place, condition))
-            denoisers.append((place, self.denoise(condition, dtype)))
+            denoisers.append((place, self.denoise(condition, dtype, sampling.guidance)))
         done, total = itertools.count(1), sampling.steps * len(spans)
         denoise = blended(denoisers, progress and (lambda: progress(next(done), total)))
         size = tuple(max(place[axis].stop for place, _ in denoisers) for axis in (1, 2))
@@ -304,24 +308,23 @@ class ArbitraryScaleModel(nn.Module):
         return same_area(self.preset.latent_size, size)
 
     def denoise(
-        self, condition: Tensor | None = None, dtype: torch.dtype = torch.float32
+        self,
+        condition: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        guidance: float | None = 1.0,
     ) -> Denoiser:
-        """Return `denoise(z_t, t)`, which gives the noise, with the condition filled in.
+        """Return `denoise(z_t, t)`, which gives the noise; see `diffusion.noise_of` and `guided`.
 
-        The network computes in `dtype`, float32 or bfloat16, between float32 latents and noise.
-        A denoiser that predicts v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z_0 (Salimans and Ho
-        2022) is read as eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t.
+        A `guidance` of None is the preset's. RuntimeError for one that needs a guide, without one.
         """
-
-        def noise(z: Tensor, t: Tensor) -> Tensor:
-            with computing(z.device, dtype):
-                out = self.denoiser(z, t, condition).to(z)  # (B, c, h, w)
-            if self.preset.prediction == "eps":
-                return out
-            alpha_bar = self.schedule.at(t, z)
-            return alpha_bar.sqrt() * out + (1 - alpha_bar).sqrt() * z
-
-        return noise
+        guidance = self.preset.guidance if guidance is None else guidance
+        how = self.schedule, self.preset.prediction, condition, dtype
+        denoise = noise_of(self.denoiser, *how)
+        if guidance == 1:
+            return denoise
+        if self.guide is None:
+            raise StateError(f"{self.preset.name} has no guide; leave guidance out, or take 1")
+        return guided(denoise, noise_of(self.guide, *how), guidance)
 
     def _sample(
         self,
@@ -375,25 +378,7 @@ def _positive(scale_factor: Any) -> float:
     return float(scale_factor)
 
 
-class _Unfilled(TorchFunctionMode):
-    """Leave tensors as they are where modules draw them: on the meta device that takes seconds."""
-
-    def __torch_function__(self, func: Any, _: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        return args[0] if func == Tensor.normal_ else func(*args, **(kwargs or {}))
-
-
-def unfilled(build: Callable[..., nn.Module], *args: Any) -> nn.Module:
-    """Build a network on the meta device, which allocates nothing; InputError where none can be."""
-    try:
-        with torch.device("meta"), _Unfilled():
-            return build(*args)
-    except (RuntimeError, ValueError, *store.STRAY) as error:
-        raise InputError(f"no network has these sizes ({error})") from None
-
-
 def shapes(preset: Preset) -> dict[str, torch.Size]:
     """Return the shapes of a model's tensors; InputError for a preset that no model can have."""
-    presets.build_schedule(preset)
-    builders = {"first_stage": presets.build_first_stage, "denoiser": presets.build_denoiser}
-    parts = nn.ModuleDict({name: unfilled(build, preset) for name, build in builders.items()})
-    return {name: tensor.shape for name, tensor in parts.state_dict().items()}
+    model = unfilled(ArbitraryScaleModel, preset)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}

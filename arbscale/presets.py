@@ -14,6 +14,7 @@ from arbscale.transformer import LatentTransformer, TransformerDenoiser
 from arbscale.unet import UNet
 
 MOST, MOST_LAYERS = 1_000_000, 32  # the largest number in a preset; of levels, blocks and layers
+NEEDED = "multipliers", "unet_multipliers"  # which have at least one level
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ class Preset:
     transformer_width: int = 128  # of a token
     transformer_blocks: int = 4
     merge: int = 2  # side of the square of latent positions that makes one token
+    guide_multipliers: tuple[int, ...] = ()  # of a weaker U-Net that guides sampling; (): none
+    guidance: float = 1.0  # the denoiser's weight against its guide; 1: none
     # schedule
     beta_start: float = 0.0015  # first beta; between, the roots are evenly spaced
     beta_end: float = 0.0195  # last beta
     diffusion_steps: int = 1000  # T
-    # Group normalisation hides the noise's amplitude from a small denoiser, and where sampling
-    # starts any surplus grows into blotches; a start a little below 1 has none.
-    noise_level: float = 1.0  # deviation of the noise that sampling starts from
+    noise_level: float = 1.0  # of the noise sampling starts from: below 1 where blotches grow
     # training sizes
     image_size: int = 256  # the encoder's input
     low_size: int | None = None  # the low-resolution input of super-resolution; None: generation
@@ -135,7 +136,7 @@ def _check(name: str, kind: str, value: Any) -> None:
         kinds = (int, float) if kind == "float" else (int,)
         good = all(type(n) in kinds and least <= n <= most for n in numbers)
     if good and kind.startswith("tuple"):
-        fewest, longest = (2, 2) if name == "target_sizes" else ("mult" in name, MOST_LAYERS)
+        fewest, longest = (2, 2) if name == "target_sizes" else (name in NEEDED, MOST_LAYERS)
         good = type(value) is tuple and fewest <= len(value) <= longest
     if not good:
         span = "" if kind in ("str", "bool") else f" from {least} to {most}"
@@ -186,11 +187,7 @@ def _small(name: str, **numbers: Any) -> Preset:
 
 
 def scenes() -> Preset:
-    """Return the shipped generator of continuous scenes: 64 px, latent 16 x 16 x 4.
-
-    Its denoiser is the one that won the comparison of `evaluation/ablation.py`; the weights that
-    ship are older, of the plain U-Net there.
-    """
+    """Return the generator of scenes, 64 px; its weights are of the plain U-Net in `ablation`."""
     return _small(
         "scenes",
         latent_channels=4,
@@ -222,6 +219,7 @@ def cats() -> Preset:
         unet_attention_levels=(1, 2),
         head_channels=64,
         transformer_width=256,
+        transformer_blocks=1,
         merge=1,
         image_size=128,
         target_sizes=(64, 256),
@@ -263,10 +261,7 @@ def photos() -> Preset:
 
 
 def photos_tiny() -> Preset:
-    """Return the shipped small super-resolver of photographs: low 16 px, latent 16 x 16 x 8.
-
-    Its denoiser is that of `scenes`; the weights that ship are older here, too.
-    """
+    """Return a small super-resolver, low 16 px; its weights, too, are of an older denoiser."""
     return _small(
         "photos-tiny",
         latent_channels=8,
@@ -391,6 +386,13 @@ def build_denoiser(preset: Preset) -> UNet | TransformerDenoiser:
     middle = (lambda *sizes: LatentTransformer(*sizes, *tokens)) if mixed else None
     levels = p.unet_channels, p.unet_multipliers, p.unet_blocks, p.unet_attention_levels
     return UNet(*channels, *levels, p.head_channels, middle)
+
+
+def build_guide(preset: Preset) -> UNet | None:
+    """Build the untrained guide, a plain U-Net of its own levels; None where there is none."""
+    levels = preset.guide_multipliers
+    plain = replace(preset, denoiser="unet", unet_multipliers=levels) if levels else preset
+    return build_denoiser(plain).requires_grad_(False) if levels else None
 
 
 def build_schedule(preset: Preset) -> NoiseSchedule:

@@ -10,14 +10,16 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from arbscale.coords import Size
-from arbscale.store import InputError
+from arbscale.store import STRAY, InputError
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -277,6 +279,22 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype:
 def computing(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Return a context in which networks compute in bfloat16, or for float32 as they would."""
     return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leave tensors as they are where modules draw them: on the meta device that takes seconds."""
+
+    def __torch_function__(self, func: Any, _: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        return args[0] if func == Tensor.normal_ else func(*args, **(kwargs or {}))
+
+
+def unfilled(build: Callable[..., nn.Module], *args: Any) -> nn.Module:
+    """Build a network on the meta device, which allocates nothing; InputError where none can be."""
+    try:
+        with torch.device("meta"), _Unfilled():
+            return build(*args)
+    except (RuntimeError, ValueError, *STRAY) as error:
+        raise InputError(f"no network has these sizes ({error})") from None
 
 
 def with_condition(z_t: Tensor, condition: Tensor | None, channels: int) -> Tensor:

@@ -187,6 +187,5 @@ def test_many_images_come_batch_by_batch(run, tmp_path, monkeypatch):
     monkeypatch.setattr(ArbitraryScaleModel, "generate", stops)
     assert run("generate", "-n", 10**9, *words[3:], "-o", "many.png")[0] == 130
     assert "1000000000 images" in said[0] and "768000 MB" in said[0]  # before the first
-    assert any("minutes to go" in line for line in said)
     names = sorted(path.name for path in tmp_path.glob("*many*"))
     assert calls == [2, 2] and names == ["many-000000000.png", "many-000000001.png"]

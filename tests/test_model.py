@@ -67,7 +67,7 @@ def test_sampling_starts_from_noise_of_the_presets_level():
     """With a denoiser that answers zero and one step, z is the starting noise over a constant."""
     loud, quiet = build(), build(noise_level=0.5)
     for model in (loud, quiet):
-        model.denoise = lambda condition=None: lambda z, t: torch.zeros_like(z)
+        model.denoise = lambda **_: lambda z, t: torch.zeros_like(z)
     one, half = (m.sample(1, seed=4, steps=1) for m in (loud, quiet))
     torch.testing.assert_close(half, one * 0.5 / loud.preset.noise_level)
 

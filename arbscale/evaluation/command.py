@@ -53,6 +53,7 @@ class Options:
     steps: int | None = None  # denoising steps; default 25, 3 to upscale
     sampler: str | None = None  # default sde_dpm_solver_pp, dpm_solver_pp to upscale
     seed: int = 0  # decides everything
+    guidance: float | None = None  # 1: no guide; default the model's
     precision: Literal["auto", "float32"] = "float32"  # to upscale; auto: bfloat16 where faster
     output: Output = None  # a JSON file
 
@@ -62,7 +63,7 @@ class Options:
 
     def sampling(self, usual: Sampling) -> Sampling:
         """Return how latents are drawn."""
-        given = {"steps": self.steps, "sampler": self.sampler, "seed": self.seed}
+        given = {k: getattr(self, k) for k in vars(usual)}
         return replace(usual, **{k: v for k, v in given.items() if v is not None})
 
     def partial(self, report: dict, images: str) -> Partial:

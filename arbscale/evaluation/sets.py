@@ -123,7 +123,7 @@ class Job:
         """Draw the latents from `start` on, `BATCH` of them or what is left."""
         how, count = self.sampling, min(BATCH, self.n - start)
         seed, grid = 100_000 * how.seed + start // BATCH, self.model.latent_grid(self.sizes[0])
-        return self.model.sample(count, seed, how.steps, how.sampler, grid).cpu()
+        return self.model.sample(count, **{**vars(how), "seed": seed}, grid=grid).cpu()
 
     def latents(self, start: int) -> Tensor:
         """Return what `sample` gives, drawn once and kept."""

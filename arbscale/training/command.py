@@ -210,6 +210,31 @@ def blend(first: str, second: str, output: Path, share: float) -> None:
     print(f"{output}: {1 - share:g} of {first}, {share:g} of {second}")
 
 
+def guide(name: str, weaker: str, output: Path, weight: float) -> None:
+    """Write a model that a weaker one's denoiser guides; see `diffusion.guided`.
+
+    ValueError unless the weaker one's denoiser is a plain U-Net for the same latents.
+    """
+    store.check_writable(output / store.MANIFEST)
+    a, b = map(ArbitraryScaleModel.load, (name, weaker))
+    levels = b.preset.unet_multipliers
+    preset = replace(a.preset, guide_multipliers=levels, guidance=weight)
+    model = ArbitraryScaleModel(preset, a.scale_factor, a.manifest)
+    parts = {"first_stage": a.first_stage, "denoiser": a.denoiser, "guide": b.denoiser}
+    state = {f"{k}.{n}": v for k, part in parts.items() for n, v in part.state_dict().items()}
+    same = b.preset.prediction == preset.prediction and b.schedule.betas.equal(a.schedule.betas)
+    if not same or abs(b.scale_factor / a.scale_factor - 1) > 0.01:
+        raise InputError(f"{weaker} has another schedule, prediction or scale of latents")
+    _fit(model, state, weaker)
+    terms = (part.manifest.get("licence", UNKNOWN) for part in (a, b))
+    before = [part.manifest.get("commands", []) for part in (a, b)]
+    minutes = sum(part.manifest.get("minutes", 0) for part in (a, b))
+    model.manifest |= {"licence": _joined(*terms), "commands": [*sum(before, []), _command()]}
+    model.manifest |= {"minutes": round(minutes, 1)}
+    model.save(output, half=True)
+    print(f"{output}: {name}, guided by the denoiser of {weaker}, weight {weight:g}")
+
+
 def _stages(
     model: ArbitraryScaleModel, source: sources.Source, options: TrainOptions
 ) -> Iterator[tuple[str, list[float]]]:

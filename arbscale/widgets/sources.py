@@ -240,7 +240,7 @@ def mixed_latent(
         return slerp(first(t), second(t), share)
 
     sampling, start = Sampling(steps, sampler, seeds[0]), slerp(*ends, share)
-    return model._sample(model.denoise(), start, sampling, callback, drawn=drawn)
+    return model._sample(model.denoise(guidance=None), start, sampling, callback, drawn=drawn)
 
 
 @torch.no_grad()
