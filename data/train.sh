@@ -35,7 +35,10 @@ case $family in
       --preset.tiny-channels 40 --steps $((1500 * scale)) 0 0 0
     train runs/cats-adversarial --start runs/cats-student "${data[@]}" --resampled 0.5 \
       --preset.first-stage-lr 4e-4 --preset.adversarial-weight 0.3 --steps 0 $((1000 * scale)) 0 0
-    "${launch[@]}" arbscale blend runs/cats-student runs/cats-adversarial -o data/cats
+    "${launch[@]}" arbscale blend runs/cats-student runs/cats-adversarial -o runs/cats-blend
+    train runs/cats-guide "${data[@]}" --teacher "$teacher" \
+      --preset.denoiser unet --preset.unet-multipliers 1 1 1 --steps 0 0 400 0 --ema-decay 0.99
+    "${launch[@]}" arbscale guide runs/cats-blend runs/cats-guide -o data/cats --weight 1.7
     ;;
   photos)
     train runs/photos-encoded --data sr --joint --pool 6144 \

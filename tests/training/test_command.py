@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,15 +76,20 @@ def test_the_script_of_the_shipped_models_trains_on_from_what_it_wrote(
     saved = {None: presets.get(family)}
     monkeypatch.setattr(store, "find", lambda name: name)
     monkeypatch.setattr(store, "read_manifest", lambda name: {"preset": saved[name].to_dict()})
-    stages, written, folders = [0] * 4, [None], set()
+    stages, written, folders, guides = [0] * 4, [None], set(), []
     for line in (tmp_path / "python3.log").read_text().splitlines():
-        if " arbscale blend " in line:  # what has been written, and goes where the weights belong
-            first, second, _, output = line.split(" blend ")[1].split()
-            assert {first, second} <= set(written)
+        if joined := re.search(r" arbscale (?:blend|guide) (\S+) (\S+) -o (\S+)", line):
+            first, second, output = joined.groups()  # of what has been written
+            assert {first, second} <= {*written, *guides}
             written[-1] = output
             continue
         options = parse(line.split(" arbscale train ")[1].split())
-        assert options.start == written[-1] and options.run.resume
+        assert options.run.resume
+        if "guide" in str(options.output):  # a plain U-Net that begins anew
+            assert options.preset.denoiser == "unet" and options.start is None and options.teacher
+            guides.append(str(options.output))
+            continue
+        assert options.start == written[-1]
         assert options.preset.image_size == saved[None].image_size
         saved[str(options.output)] = options.preset
         if options.steps[0] or options.start is None:
