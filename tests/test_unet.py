@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from arbscale.unet import (
     Attention,
@@ -172,3 +173,20 @@ def test_a_limited_network_reads_no_farther(unet):
     small, wide = noise(2, 3, 16, 13), noise(2, 3, 8, 90)
     torch.testing.assert_close(limited(small, STEPS), unet(small, STEPS))
     assert (limited(wide, STEPS) - unet(wide, STEPS)).abs().max() > 1e-4
+
+
+def test_small_grids_train_by_plain_products_that_agree_with_the_fused_ones(monkeypatch):
+    given = [torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(3)]
+
+    def trained():
+        with torch.autocast("cpu", torch.bfloat16):
+            out = attend(*given).float()
+        return [out, *torch.autograd.grad(out.square().sum(), given)]
+
+    plain = trained()
+    monkeypatch.setattr("arbscale.unet.SMALL", 0)
+    for a, b in zip(plain, trained(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+    exact = F.scaled_dot_product_attention(*given)
+    monkeypatch.undo()
+    torch.testing.assert_close(attend(*given), exact)  # float32 stays as it is
