@@ -380,5 +380,9 @@ def _positive(scale_factor: Any) -> float:
 
 def shapes(preset: Preset) -> dict[str, torch.Size]:
     """Return the shapes of a model's tensors; InputError for a preset that no model can have."""
-    model = unfilled(ArbitraryScaleModel, preset)
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+    presets.build_schedule(preset)
+    builders = {"first_stage": presets.build_first_stage, "denoiser": presets.build_denoiser}
+    if preset.guide_multipliers:
+        builders["guide"] = presets.build_guide
+    parts = nn.ModuleDict({name: unfilled(build, preset) for name, build in builders.items()})
+    return {name: tensor.shape for name, tensor in parts.state_dict().items()}

@@ -106,7 +106,9 @@ def test_an_interruption_costs_one_batch_and_the_reference_is_kept(job, tmp_path
     sampled = []
     sample = ArbitraryScaleModel.sample
     monkeypatch.setattr(
-        ArbitraryScaleModel, "sample", lambda *args: sampled.append(1) or sample(*args)
+        ArbitraryScaleModel,
+        "sample",
+        lambda *a, **how: sampled.append(1) or sample(*a, **how),
     )
     monkeypatch.setattr(sets, "decode", stops)
     with pytest.raises(KeyboardInterrupt):
