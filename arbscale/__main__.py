@@ -97,8 +97,8 @@ def generate(
 ) -> None:
     """Generate images from noise at any size; several are numbered.
 
-    A large TIFF file is written in bands, in little memory; rerun the same command to resume. Of
-    processes that accelerate or torchrun launched, each makes a share.
+    A large TIFF file is written in bands, in little memory; rerun the same command to resume.
+    Processes that accelerate or torchrun launched together make a share each.
     """
     from arbscale.data import to_pil
     from arbscale.viz import contact_sheet
@@ -166,9 +166,9 @@ def upscale(
 ) -> None:
     """Enlarge images by any factor or to any size: give --scale or --size.
 
-    Several images keep their names, in the folder --output. What cannot be used is named and left
-    out. A large TIFF file is written in bands, in little memory, without EXIF or transparency.
-    Rerun the same command to resume. Of processes launched together, each makes a share.
+    Several images keep their names, in the folder --output. Unusable images are named and left out.
+    A large TIFF file is written in bands, in little memory, without EXIF or transparency. Rerun the
+    same command to resume. Processes that accelerate or torchrun launched make a share each.
     """
     if (scale is None) == (size is None):
         raise InputError("give either --scale, such as 3.7, or --size, such as 480x640")
@@ -258,7 +258,7 @@ def blend(a: Named, b: Named, *, output: Folder, share: float = 0.5) -> None:
 
 
 def guide(model: Named, weaker: Named, *, output: Folder, weight: float = 2.0) -> None:
-    """Let a weaker model's denoiser guide a model's sampling; 1 is the weight of no guidance."""
+    """Let a weaker model guide the sampling of another; a weight of 1 means no guidance."""
     from arbscale.training import command
 
     command.guide(model, weaker, output, weight)
@@ -316,9 +316,9 @@ def _check_output(
 def _check_size(size: Size, most: int = MAX_PIXELS) -> Size:
     """Return the size of an image; InputError for one that no viewer opens."""
     if math.prod(size) > most or max(size) > MAX_SIDE:
-        most = f"{MAX_PIXELS // 10**6} million pixels, or {MAX_SIDE} a side"
+        limits = f"{MAX_PIXELS // 10**6} million pixels, or {MAX_SIDE} a side"
         text = "take a smaller scale, or write a .tif, which may have more pixels"
-        raise InputError(f"{size[0]} x {size[1]} is over {most}; {text}")
+        raise InputError(f"{size[0]} x {size[1]} is over {limits}; {text}")
     return size
 
 

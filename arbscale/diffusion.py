@@ -86,9 +86,9 @@ def noise_of(
 def guided(denoise: Denoiser, guide: Denoiser, weight: float) -> Denoiser:
     """Return a denoiser that goes beyond `denoise`, away from a weaker `guide`.
 
-    What the two disagree about is where the weaker one errs more; so the stronger one is moved on
-    along the difference. Implements autoguidance, Karras et al. 2024: guide + weight (denoise -
-    guide), where a `weight` of 1 is `denoise` alone.
+    Where the two disagree, the weaker one errs more, so the answer goes from the weaker one through
+    the stronger one and beyond. Implements autoguidance, Karras et al. 2024: guide + weight
+    (denoise - guide). A `weight` of 1 is `denoise` alone, 0 the guide alone.
     """
 
     def noise(z: Tensor, t: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Preset:
     beta_start: float = 0.0015  # first beta; between, the roots are evenly spaced
     beta_end: float = 0.0195  # last beta
     diffusion_steps: int = 1000  # T
-    noise_level: float = 1.0  # of the noise sampling starts from: below 1 where blotches grow
+    noise_level: float = 1.0  # deviation of the noise that sampling starts from; see notebook 06
     # training sizes
     image_size: int = 256  # the encoder's input
     low_size: int | None = None  # the low-resolution input of super-resolution; None: generation

@@ -238,12 +238,12 @@ class Sampling:
     steps: int = 25  # denoising steps
     sampler: str = "sde_dpm_solver_pp"  # or ddpm, ddim, dpm_solver_pp
     seed: int = 0  # decides everything
-    guidance: float | None = None  # the denoiser's weight against its guide, 1: none; the model's
+    guidance: float | None = None  # weight against the guide; 1: no guide, None: the model's
 
     def __post_init__(self) -> None:
         """Raise ValueError for a seed that no generator takes, and a guidance that is no number."""
         if self.guidance is not None and not math.isfinite(self.guidance):
-            raise InputError(f"guidance is a number from 1 (none) on, got {self.guidance}")
+            raise InputError(f"guidance is a finite number, 1 for no guide, got {self.guidance}")
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
             raise InputError(f"a seed is an integer from -2**63 to 2**64 - 1, got {self.seed!r}")
 
