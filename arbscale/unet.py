@@ -37,7 +37,7 @@ def zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-SMALL = 256  # positions up to which a CPU trains faster by plain products in bfloat16
+PAIRS = 2**21  # of positions, up to which a CPU is faster by plain products in bfloat16
 
 
 def attend(
@@ -50,19 +50,24 @@ def attend(
     and no position reads from farther than in a network that was trained on grids of that size.
     """
     if window is None or grid is None or max(grid) <= window:
-        bf16 = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-        if bf16 and torch.is_grad_enabled() and q.shape[-2] <= SMALL:
-            return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
-        return F.scaled_dot_product_attention(q, k, v)
+        return _attend_to_all(q, k, v)
     q, k, v = (x.unflatten(2, grid) for x in (q, k, v))  # (B, heads, h, w, D)
     out = torch.empty_like(v)
     for rows, near_rows in _windows(grid[0], window):
         for columns, near_columns in _windows(grid[1], window):
             asked = q[:, :, rows, columns]
             near = (x[:, :, near_rows, near_columns].flatten(2, 3) for x in (k, v))
-            found = F.scaled_dot_product_attention(asked.flatten(2, 3), *near)
+            found = _attend_to_all(asked.flatten(2, 3), *near)
             out[:, :, rows, columns] = found.unflatten(2, asked.shape[2:4])
     return out.flatten(2, 3)
+
+
+def _attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Let each of N positions read from all of M: (B, heads, N, D), (B, heads, M, D) twice."""
+    bf16 = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    if bf16 and q.shape[-2] * k.shape[-2] <= PAIRS:
+        return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def _windows(n: int, window: int) -> Iterator[tuple[slice, slice]]:

@@ -175,7 +175,7 @@ def test_a_limited_network_reads_no_farther(unet):
     assert (limited(wide, STEPS) - unet(wide, STEPS)).abs().max() > 1e-4
 
 
-def test_small_grids_train_by_plain_products_that_agree_with_the_fused_ones(monkeypatch):
+def test_small_grids_take_plain_products_that_agree_with_the_fused_ones(monkeypatch):
     given = [noise(2, 3, 16, 8, seed=i).requires_grad_() for i in range(3)]
 
     def trained():
@@ -184,7 +184,7 @@ def test_small_grids_train_by_plain_products_that_agree_with_the_fused_ones(monk
         return [out, *torch.autograd.grad(out.square().sum(), given)]
 
     plain = trained()
-    monkeypatch.setattr("arbscale.unet.SMALL", 0)
+    monkeypatch.setattr("arbscale.unet.PAIRS", 0)
     for a, b in zip(plain, trained(), strict=True):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
     exact = F.scaled_dot_product_attention(*given)
