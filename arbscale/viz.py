@@ -109,6 +109,7 @@ def zoom_strip(images: Images, window: Window, titles: Sequence[Any] | None = No
     top, left, tall, wide = check_window(window, (height, across))
     panels = len(pictures) + 1
     side = min(PAGE // panels - GAP, 256)
+    side -= side % max(tall, wide) if side > max(tall, wide) else 0  # a whole factor
     shown = [_fitted(pictures[0], side)]
     scale = shown[0].width / across
     edge = [scale * n for n in (left, top, left + wide, top + tall)]
@@ -210,12 +211,12 @@ def show_plot(text: str = "") -> None:
         labels = (axis.get_title(), axis.get_ylabel(), axis.get_xlabel(), *names)
         words = (" ".join(re.sub(r"[$\\{}]", " ", x).split()) for x in labels if x)
         text += "; " * bool(text) + ", ".join(words)
-    figure.savefig(file, dpi=100, facecolor=PAPER, bbox_inches="tight")
-    plt.close(figure)
+    figure.savefig(file, dpi=200, facecolor=PAPER, bbox_inches="tight")
     image = Image.open(file).convert("RGB")
-    if image.getcolors(4096):  # lines and text alone: a third of the bytes
-        image = image.quantize(256)
-    _display(image, f"plot: {text}")
+    if not any(axis.images or axis.collections for axis in figure.axes):
+        image = image.quantize(64)  # lines and text alone: a third of the bytes
+    plt.close(figure)
+    _display(image, f"plot: {text}", image.width // 2)  # sharp where a screen has small pixels
 
 
 def _describe(pictures: list[Any], titles: list[str]) -> str:
@@ -225,14 +226,15 @@ def _describe(pictures: list[Any], titles: list[str]) -> str:
     return f"{what}: {names}" if names else what
 
 
-def _display(image: Any, text: str) -> None:
-    """Show a PIL image; `text` is its alternative text."""
+def _display(image: Any, text: str, width: int | None = None) -> None:
+    """Show a PIL image, `width` CSS pixels wide if given; `text` is its alternative text."""
     from IPython.display import display
 
     file = io.BytesIO()
     image.save(file, "png", optimize=True)
     data = {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": text}
-    display(data, metadata={"image/png": {"alt": text}}, raw=True)
+    facts = {"alt": text} | ({"width": width} if width else {})
+    display(data, metadata={"image/png": facts}, raw=True)
 
 
 PARTS = {
@@ -243,7 +245,7 @@ PARTS = {
         3.15,
     ),
     "decoder": ("symmetric decoder\nsame resolution", "stage 2, then frozen", 8.0),
-    "liif": ("LIIF: an MLP\nfor each pixel", "stage 2, then frozen", 12.9),
+    "liif": ("LIIF: one MLP,\nasked per pixel", "stage 2, then frozen", 12.9),
 }
 """The networks of the method: what each is, when it is trained, and where `pipeline` draws it."""
 

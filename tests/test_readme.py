@@ -30,7 +30,7 @@ def distances(name: str, side: int, *methods: str) -> list[str]:
 
 def milliseconds(name: str, side: int, *tasks: str) -> list[str]:
     rows = {row["task"]: row for row in results(name) if row["size"] == [side, side]}
-    return [f"{1000 * rows[task]['seconds']:.4g}" for task in tasks]
+    return [f"{1000 * rows[task]['seconds']:.0f}" for task in tasks]
 
 
 def losses(data: str, *contestants: str) -> list[str]:

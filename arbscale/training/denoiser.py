@@ -94,13 +94,14 @@ class _DenoiserStage(ImageStage):
 
     @torch.no_grad()
     def preview(self) -> list[tuple[Tensor, str]]:
-        """Return images from the same noise, or of the same low-resolution ones, at each size."""
+        """Return images from the same noise, or low-resolution ones, at each size."""
         sizes, model = self.sizes(), self.model
         if not self.preset.low_size:
             drawn = {size: model.generate(2, size, seed=0, steps=10) for size in sizes}
         else:
             low = self.low(self.examples(2))["low"]
-            drawn = {size: model.upscale(low, size=size, steps=10) for size in sizes}
+            drawn = {low.shape[-1]: low}
+            drawn |= {size: model.upscale(low, size=size, steps=10) for size in sizes}
         return [(x, f"{size} px") for size, batch in drawn.items() for x in batch.float().cpu()]
 
 

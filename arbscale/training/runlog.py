@@ -53,7 +53,7 @@ class RunLog:
 
         from arbscale.viz import contact_sheet
 
-        sheet = contact_sheet(images, columns=2, box=200)  # they come in pairs
+        sheet = contact_sheet(images, columns=2, box=192)  # they come in pairs
         path = self.folder / "samples" / f"{self.stage}-{step:08d}.png"
         with store.replacing(path) as draft:
             sheet.save(draft)
