@@ -173,7 +173,7 @@ def test_links_lead_somewhere(notebook):
 
 
 def test_size(notebook):
-    assert notebook.path.stat().st_size < 2_100_000
+    assert notebook.path.stat().st_size < 2_400_000
     assert 10 <= len(notebook.code) <= 40
 
 
