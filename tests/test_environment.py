@@ -188,6 +188,7 @@ def test_a_right_link_passes():
 # The package --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_importing_needs_torch_numpy_safetensors_and_tqdm_alone():
     blocked = "matplotlib skimage scipy lpips ipywidgets PIL torchvision IPython diffusers".split()
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import arbscale"
@@ -231,6 +232,7 @@ def outside(home: Path, folder: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_wheel_loads_every_shipped_model_outside_the_checkout(home, tmp_path):
     code = """
 import json, arbscale, arbscale.store

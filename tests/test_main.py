@@ -308,6 +308,7 @@ def test_evaluate_writes_json_with_its_protocol(run, tmp_path, offline):
     assert report["protocol"]["space"] == "y" and report["protocol"]["sampling"]["steps"] == 2
 
 
+@pytest.mark.slow
 def test_evaluate_generates_resumes_and_repeats_itself(run, tmp_path, offline, monkeypatch):
     sizes = ("--sizes", 32, 40, "--steps", 2, "-n", 22, "--seed", 5, "-o", "g.json")
     words = ("evaluate", "scenes", "--task", "generate", *sizes)
@@ -399,6 +400,7 @@ def test_train_writes_a_model_that_loads(run, tmp_path, monkeypatch, name):
     )
 
 
+@pytest.mark.slow
 def test_the_module_runs(tmp_path):
     words = [sys.executable, "-m", "arbscale", "upscale", "none.png", "--scale", "2", "-o", "o.png"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)

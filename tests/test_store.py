@@ -391,6 +391,7 @@ def test_a_manifest_without_a_scale_factor(model_folder):
         arbscale.load(model_folder)
 
 
+@pytest.mark.slow
 def test_loading_imports_no_compiler(model_folder):
     """As drawing normal numbers on the meta device and `torch.compiler` do, for seconds."""
     code = f"import arbscale.__main__, sys; arbscale.load({str(model_folder)!r}); "
@@ -546,6 +547,7 @@ def holder(tmp_path):
         process.kill()
 
 
+@pytest.mark.slow
 def test_the_second_process_learns_who_holds_the_lock(tmp_path, holder):
     with pytest.raises(RuntimeError) as refused, store.locked(tmp_path / "out"):
         pass
@@ -555,6 +557,7 @@ def test_the_second_process_learns_who_holds_the_lock(tmp_path, holder):
         pass
 
 
+@pytest.mark.slow
 def test_a_killed_process_holds_no_lock(tmp_path, holder):
     holder.kill()
     holder.wait()

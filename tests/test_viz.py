@@ -136,6 +136,7 @@ def test_contact_sheet_wraps_and_cuts_long_labels():
         viz.contact_sheet([])
 
 
+@pytest.mark.slow
 def test_importing_needs_no_matplotlib():
     import subprocess
     import sys

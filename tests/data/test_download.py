@@ -173,6 +173,7 @@ def test_a_silent_server_times_out(fetch, server, monkeypatch):
     assert server.asked == 2
 
 
+@pytest.mark.slow
 def test_a_killed_download_leaves_nothing_that_stays(fetch, server, tmp_path):
     """A real process, stopped without warning in the middle of the file."""
     released = threading.Event()

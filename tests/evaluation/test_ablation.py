@@ -142,6 +142,7 @@ def without_times(report):
     return [report["results"]["runs"], report["results"]["floors"], report["protocol"]]
 
 
+@pytest.mark.slow
 def test_one_command_for_both_data_sets(small, monkeypatch, capsys):
     out, folder = small / "out.json", small / "pieces"
     words = "--seeds 2 --steps 2 --pool 8 -n 8".split()
@@ -165,6 +166,7 @@ def test_one_command_for_both_data_sets(small, monkeypatch, capsys):
     assert without_times(json.loads(json.dumps(again))) == without_times(report)
 
 
+@pytest.mark.slow
 def test_a_resumed_comparison_ends_as_a_whole_one(small, monkeypatch):
     settings = dataclasses.replace(QUICK, comparisons=("scenes, equal compute",))
     whole = ablation.ablate(settings, small / "whole")

@@ -48,6 +48,7 @@ def small(monkeypatch):
     monkeypatch.setattr(bench, "lpips_or_why_not", lambda: False)
 
 
+@pytest.mark.slow
 def test_enlarging_is_timed_by_steps_and_precision_beside_small_tiles(small, monkeypatch):
     model = ArbitraryScaleModel(presets.tiny(8)).eval()
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
@@ -68,6 +69,7 @@ def test_enlarging_is_timed_by_steps_and_precision_beside_small_tiles(small, mon
     assert row["psnr"] == pytest.approx(sum(scores) / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low_size", [None, 8])
 def test_measure_has_every_row(low_size, small, monkeypatch, tmp_path):
     torch.manual_seed(0)

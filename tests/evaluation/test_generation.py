@@ -53,6 +53,7 @@ def job():
     return Job(model, real, others, sizes, 22, "encoder", sampling)
 
 
+@pytest.mark.slow
 def test_every_size_has_its_rows_and_they_are_what_they_say(job, tmp_path):
     results = evaluate_generation(job, Partial(tmp_path / "p", {}))
     found = {(row["size"][0], row["method"]): row for row in results["rows"]}
@@ -93,6 +94,7 @@ def test_every_size_has_its_rows_and_they_are_what_they_say(job, tmp_path):
     assert results["neighbours"] is None  # of endless scenes
 
 
+@pytest.mark.slow
 def test_an_interruption_costs_one_batch_and_the_reference_is_kept(job, tmp_path, monkeypatch):
     whole = evaluate_generation(job, Partial(None, {}))
     seen, decode = [], sets.decode
@@ -197,6 +199,7 @@ def test_inception_goes_with_vgg16(job):
     assert len(results["rows"]) == 4
 
 
+@pytest.mark.slow
 def test_the_real_encoder_serves(job, monkeypatch):
     monkeypatch.setattr(sets, "extractor", features.extractor)
     small = dataclasses.replace(
@@ -211,6 +214,7 @@ def test_the_real_encoder_serves(job, monkeypatch):
     assert "photos-tiny's encoder" in sets.protocol(small)["distance over"]
 
 
+@pytest.mark.slow
 def test_steps_are_compared_on_one_noise(job, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "STEPS", (1, 3))
     partial = Partial(tmp_path / "p", {})

@@ -225,6 +225,7 @@ def test_the_run_folder_and_the_weights(run, tmp_path):
     assert status == 2 and "joint" in text
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_resumed(run, tmp_path, monkeypatch):
     words = "small --pool 8 --steps 2 3 4 2 --save-every 1 --sample-every 0"
     assert run(f"{words} -o whole")[0] == 0
@@ -266,6 +267,7 @@ def test_the_images_are_compared_wherever_they_are(run, tmp_path):
         assert run(f"{words} --resume --data pics --allow-changes")[0] == 0
 
 
+@pytest.mark.slow
 def test_what_a_run_is_begun_from_is_compared_by_content(run, tmp_path):
     assert run("small --steps 0 1 0 0 -o first")[0] == 0
     assert run("small --steps 0 2 0 0 -o second")[0] == 0
@@ -326,6 +328,7 @@ def test_a_terminal_that_cannot_show_a_name(run, tmp_path, monkeypatch, encoding
     assert set(read_summary(tmp_path / "runs/猫±Ω")) == {"decoder", "diffusion"}
 
 
+@pytest.mark.slow
 def test_one_command_a_stage(run, tmp_path):
     """Each starts from what the one before wrote; its numbers may change, its network not."""
     assert run("small-sr --data photos --steps 1 2 0 0 -o first")[0] == 0

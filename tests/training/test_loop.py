@@ -291,6 +291,7 @@ def test_workers_leave_ctrl_c_to_the_training():
     assert trained(stage, workers=1)[0] == trained()[0]
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_training(tmp_path):
     """The second process says who holds it, and the first one's checkpoints stay whole."""
     program = (

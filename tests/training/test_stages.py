@@ -206,6 +206,7 @@ def test_the_encoder_goes_on_learning_on_request(joint):
         assert still != moves, part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low_size", [None, 4])
 def test_diffusion_learns_and_the_first_stage_is_frozen(low_size):
     model = build(low_size)
@@ -396,6 +397,7 @@ def test_windows_are_neighbouring_pixels(crop):
     assert falls(train_decoder(model.first_stage, SOURCE, model.preset, 30), 0.9)
 
 
+@pytest.mark.slow
 def test_a_joint_posterior_is_sampled_and_pulled_to_the_prior():
     """A heavy divergence leaves nothing else: the encoder's output becomes a unit Gaussian."""
     model = build(posterior=True, kl_weight=100.0, first_stage_lr=3e-3)
