@@ -100,8 +100,8 @@ class _DenoiserStage(ImageStage):
             drawn = {size: model.generate(2, size, seed=0, steps=10) for size in sizes}
         else:
             low = self.low(self.examples(2))["low"]
-            drawn = {low.shape[-1]: low}
-            drawn |= {size: model.upscale(low, size=size, steps=10) for size in sizes}
+            drawn = {n: model.upscale(low, size=n, steps=10) for n in sizes}
+            drawn = {low.shape[-1]: low} | drawn
         return [(x, f"{size} px") for size, batch in drawn.items() for x in batch.float().cpu()]
 
 
