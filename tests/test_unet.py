@@ -190,3 +190,13 @@ def test_small_grids_take_plain_products_that_agree_with_the_fused_ones(monkeypa
     exact = F.scaled_dot_product_attention(*given)
     monkeypatch.undo()
     torch.testing.assert_close(attend(*given), exact)  # float32 stays as it is
+
+
+def test_plain_products_hold_no_more_pairs_than_they_may(monkeypatch):
+    fused, q = [], noise(2, 3, 16, 8)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *given: fused.append(1) or q)
+    for most, calls in ((2 * 3 * 16 * 16, 0), (2 * 3 * 16 * 16 - 1, 1)):
+        monkeypatch.setattr("arbscale.unet.PAIRS", most)
+        with torch.autocast("cpu", torch.bfloat16):
+            attend(q, q, q)
+        assert len(fused) == calls
