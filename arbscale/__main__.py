@@ -98,7 +98,7 @@ def generate(
     """Generate images from noise at any size; several are numbered.
 
     A large TIFF file is written in bands, in little memory; rerun the same command to resume.
-    Processes that accelerate or torchrun launched together make a share each.
+    Processes that accelerate or torchrun launched together each make a share.
     """
     from arbscale.data import to_pil
     from arbscale.viz import contact_sheet
@@ -168,7 +168,7 @@ def upscale(
 
     Several images keep their names, in the folder --output. Unusable images are named and left out.
     A large TIFF file is written in bands, in little memory, without EXIF or transparency. Rerun the
-    same command to resume. Processes that accelerate or torchrun launched make a share each.
+    same command to resume. Processes that accelerate or torchrun launched each make a share.
     """
     if (scale is None) == (size is None):
         raise InputError("give either --scale, such as 3.7, or --size, such as 480x640")

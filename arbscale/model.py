@@ -134,10 +134,10 @@ class ArbitraryScaleModel(nn.Module):
     ) -> Any:
         """Enlarge an image to any size, tile by overlapping tile.
 
-        Beyond the image and its latent, the memory is bounded by the tile. Another tile, not
-        below the training's `low_size`, changes little: noise and attention's reach do not depend
-        on it, but group normalisation sees another part of the image. Raises RuntimeError for a
-        generator, ValueError for an image, scale or size that makes no sense.
+        Beyond the image and its latent, the memory is bounded by the tile. Tiles of different
+        sizes, from the training's `low_size` on, give nearly the same image: noise and attention's
+        reach do not depend on the tile, but group normalisation sees another part of the image.
+        Raises RuntimeError for a generator, ValueError for a bad image, scale or size.
 
         Parameters
         ----------

@@ -37,7 +37,7 @@ def zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-PAIRS = 2**24  # of positions in a batch, up to which a CPU takes plain products in bfloat16
+PAIRS = 2**24  # query-key pairs per call up to which a CPU takes plain products in bfloat16
 
 
 def attend(
