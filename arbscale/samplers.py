@@ -276,7 +276,7 @@ class Sampling:
         return sampler(denoise, z, schedule, timesteps, callback=callback, **drawn)
 
 
-UPSCALING = Sampling(3, "dpm_solver_pp")
+UPSCALING = Sampling(2, "dpm_solver_pp")
 """How `upscale` samples by default: the input decides most of the image."""
 
 

@@ -34,7 +34,7 @@ FIRST_STAGES = {"scenes": ("scenes", "scenes"), "cats": ("photos-tiny", "afhq_ca
 """By data: the shipped model whose first stage all contestants share, and the data set's name."""
 
 TIMES = 10  # steps at which the held-out loss is measured, evenly spaced
-SAMPLING_STEPS = 20
+SAMPLING_STEPS, SAMPLER = 20, "dpm_solver_pp"
 
 _SHARED = {"unet_channels": 64, "head_channels": 32, "transformer_width": 160, "merge": 2}
 _SHARED |= {"transformer_blocks": 6, "diffusion_batch": 16, "diffusion_lr": 1e-3}
@@ -114,7 +114,7 @@ def ablate(settings: Settings, folder: Path) -> dict:
         "contestants": {name: CONTESTANTS[name] for names in wanted.values() for name in names},
         "held-out loss": f"mean squared error of the noise at {TIMES} evenly spaced steps, test "
         "split, the same noise for all",
-        "drawn by": f"dpm_solver_pp, {SAMPLING_STEPS} steps, against the first of the train split",
+        "drawn by": f"{SAMPLER}, {SAMPLING_STEPS} steps, against the first of the train split",
         "distance over": extractor(settings.features).label,
     }
     results = {"costs": costs, "runs": runs, "floors": floors}
@@ -144,7 +144,8 @@ class _Arena:
 
     def preset(self, name: str) -> Preset:
         """Return a contestant's preset."""
-        return replace(self.base.preset, name=name, low_size=None, **CONTESTANTS[name])
+        plain = {"low_size": None, "guide_multipliers": ()}
+        return replace(self.base.preset, name=name, **plain, **CONTESTANTS[name])
 
     def cost(self, name: str) -> dict:
         """Return what a contestant costs."""
@@ -203,7 +204,8 @@ class _Arena:
             images = self.held_out.batch(start, self.size)
             z.append(model.first_stage.encode(images.to(self.device)))
         for start in batch_starts(n, "sampling"):
-            drawn = model.sample(min(BATCH, n - start), 100_000 * seed + start, SAMPLING_STEPS)
+            count = min(BATCH, n - start)
+            drawn = model.sample(count, 100_000 * seed + start, SAMPLING_STEPS, SAMPLER)
             features.append(self.network(model.decode(drawn, self.size)))
         by_time = held_out_loss(model, torch.cat(z) * model.scale_factor)
         return {

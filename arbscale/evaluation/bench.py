@@ -21,7 +21,8 @@ from arbscale.coords import Size, cell, check_size, grid
 from arbscale.data import low_high_pair, open_dataset
 from arbscale.evaluation.pairs import lpips_or_why_not, score
 from arbscale.evaluation.protocols import eight_bits
-from arbscale.evaluation.reports import METRICS, RATIO, header
+from arbscale.evaluation.reports import header
+from arbscale.evaluation.tables import METRICS, RATIO
 from arbscale.liif import LIIF, InterpolatedLIIF
 from arbscale.model import BAND, ArbitraryScaleModel
 from arbscale.store import StateError

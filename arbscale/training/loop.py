@@ -198,7 +198,7 @@ class _Training:
             stage.compile()
         self.average = copy.deepcopy(stage.averaged)
         self.parameters = [p for p in stage.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.Adam(self.parameters, lr=stage.lr)
+        self.optimiser = torch.optim.Adam(self.parameters, lr=stage.lr, fused=True)
         if found:
             self._restore(*found)
         self.module = accelerator.prepare_model(stage, device_placement=False)

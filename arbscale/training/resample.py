@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from arbscale.model import ArbitraryScaleModel
-from arbscale.samplers import UPSCALING
+from arbscale.samplers import UPSCALING, Sampling
 
 NOISIEST = 0.25  # of the schedule: generation starts below, as more noise makes another image
+GENERATION = Sampling(3, "dpm_solver_pp")
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,14 @@ class Resample:
     model: ArbitraryScaleModel
     odds: float  # of a training step on such latents
 
+    @property
+    def sampling(self) -> Sampling:
+        """What samples: `upscale`'s own way, or few steps of generation."""
+        return UPSCALING if self.model.preset.low_size else GENERATION
+
     def first(self, generator: torch.Generator) -> int | None:
         """Draw the step of the schedule to start from; None leaves the latents as encoded."""
-        total, least = self.model.schedule.steps, UPSCALING.steps - 1
+        total, least = self.model.schedule.steps, self.sampling.steps - 1
         chance, place = torch.rand(2, generator=generator).tolist()
         if chance >= self.odds:
             return None
@@ -42,4 +48,5 @@ class Resample:
         fast = torch.is_autocast_enabled(z.device.type)
         denoise = model.denoise(condition, torch.bfloat16 if fast else torch.float32)
         start = model.schedule.add_noise(guess, torch.tensor([first]), noise).float()
-        return UPSCALING.run(denoise, start, model.schedule, first=first) / model.scale_factor
+        latents = self.sampling.run(denoise, start, model.schedule, first=first)
+        return latents / model.scale_factor

@@ -221,10 +221,28 @@ def test_a_table_of_heads():
                 "parameters": 1234,
                 "ms": {"256": 12.345, "512": 50.0},
                 "scores": {"0.5": {"psnr": 24.123, "ssim": 0.5, "lpips": 0.12346}},
+                "seam": {"ours": 1.02345, "ground truth": 1.0},
             }
         },
     }
     text = reports.table(report)
-    assert "| head | parameters | 256 px, ms | 512 px, ms | x0.5, dB and LPIPS |" in text
-    assert "| a head | 1234 | 12.3 | 50 | 24.12, 0.1235 |" in text
+    assert "| head | parameters | 256 px, ms | 512 px, ms | x0.5, dB and LPIPS | seam" in text
+    assert "| a head | 1234 | 12.3 | 50 | 24.12, 0.1235 | 1.023 (1.000) |" in text
     assert "500 steps" in text and "`python data/heads.py`" in text
+
+
+def test_a_table_of_alignments():
+    report = {
+        "task": "alignment",
+        "model": "m",
+        "protocol": {"data": "cats", "split": "val", "pictures": 9, "steps": 50, "times": [20, 60]},
+        "machine": MACHINE,
+        "command": "python data/alignment.py",
+        "results": {
+            "before": {"noise": [0.5, 0.25], "image": [0.1, 0.2]},
+            "control, seed 1": {"noise": [0.5, 0.25], "image": [0.09, 0.201]},
+        },
+    }
+    text = reports.table(report)
+    assert "| run | t = 20 | t = 60 |" in text and "50 steps" in text
+    assert "| control, seed 1 | -10.00 | +0.50 |" in text and "before |" not in text

@@ -7,6 +7,7 @@ import torch
 
 from arbscale import presets
 from arbscale.model import ArbitraryScaleModel
+from arbscale.samplers import UPSCALING
 from arbscale.training import Run, photo_source, scene_source, train_first_stage
 from arbscale.training.first_stage import DecoderStage
 from arbscale.training.resample import Resample
@@ -68,7 +69,7 @@ def test_super_resolution_starts_where_upscale_does(monkeypatch):
     upscaled, asked[:] = [*asked], []
     resample, z = Resample(model, 1.0), torch.zeros(1, *shape(model))
     resample(z, z, resample.first(seeded()), low[None])
-    assert asked == upscaled and len(asked) == 3
+    assert asked == upscaled and len(asked) == UPSCALING.steps
 
 
 def test_odds_are_the_share_of_steps():
