@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a family from its data, stage by stage, into data/FAMILY.
-#   data/train.sh photos             one CPU thread, some four hours
+#   data/train.sh photos             one CPU thread, some six hours
 #   PROCESSES=2 data/train.sh cats   the denoiser in that many processes, on as many cores or GPUs
 #   SCALE=2 data/train.sh cats       that many times the steps
 # ARBSCALE_DATA names the folder of the data: afhq_cats (`python -m arbscale download afhq`; a copy
@@ -44,7 +44,7 @@ case $family in
     train runs/photos-encoded --data sr --joint --pool 6144 \
       --steps 0 $((5000 * scale)) $((6500 * scale)) 0
     train data/photos --start runs/photos-encoded --data sr --resampled 0.7 \
-      --preset.first-stage-lr 6e-4 --steps 0 $((3200 * scale)) 0 0
+      --preset.first-stage-lr 6e-4 --steps 0 $((5200 * scale)) 0 0
     ;;
   *) echo "there is no family $family; name cats or photos" >&2; exit 2 ;;
 esac
