@@ -200,3 +200,12 @@ def test_plain_products_hold_no_more_pairs_than_they_may(monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             attend(q, q, q)
         assert len(fused) == calls
+
+
+@pytest.mark.slow
+def test_compiling_captures_the_whole_network(unet):
+    """As GPUs want it: no break in the graph, and the same numbers; no compiler is needed here."""
+    compiled = torch.compile(unet, backend="aot_eager", fullgraph=True)
+    z = noise(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(z, STEPS), unet(z, STEPS))

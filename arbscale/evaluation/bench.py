@@ -78,8 +78,9 @@ def measure(
     Rows are named tasks: the model end to end; the same with the 200 DDIM steps of the published
     code, at the first size alone, for it does not depend on the size; and decoding alone. Then come
     the forms of rendering of `_forms`, one image from 64 x 64 features, each with how many times as
-    fast as the released form it is. For super-resolution, `enlarging` has `upscale` of photographs,
-    by steps and precision.
+    fast as the released form it is, and with the operations per second of its matrix products; the
+    protocol has those of a large product alone, the peak. For super-resolution, `enlarging` has
+    `upscale` of photographs, by steps and precision.
     """
     rows = []
     _reset_peak(model.device)
@@ -100,6 +101,9 @@ def measure(
                 x for x in rows if x["size"] == [side, side] and x["task"] == YARDSTICK
             )
             rows[-1][RATIO] = yardstick["seconds"] / speed.seconds
+            rows[-1]["gigaflops"] = (
+                _operations(lambda f=form, n=side: f((n, n))) / speed.seconds / 1e9
+            )
     name, form = list(forms.items())[-1]
     for side in LARGER:
         speed = _once(lambda n=side: _in_bands(form, (n, n)), model.device)
@@ -111,6 +115,7 @@ def measure(
         "warm-up": f"the first call of each row, up to {max(SIDES)} px",
         "precision": "float32",
         "megabytes before": start,
+        "peak gigaflops": _peak_rate(model.device, seconds) / 1e9,
     }
     report = {**header(model, "bench", protocol), "results": rows}
     return report | ({"enlarging": _enlarging(model, seconds)} if model.preset.low_size else {})
@@ -270,6 +275,22 @@ def _once(function: Callable[[], object], device: torch.device) -> Speed:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
     return Speed(1 / seconds, seconds, 0.0, 1, _peak(device))
+
+
+def _operations(function: Callable[[], object]) -> int:
+    """Count the operations of a call's matrix products and convolutions: two per multiply-add."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def _peak_rate(device: torch.device, seconds: float) -> float:
+    """Return the operations per second of a large float32 matrix product."""
+    side = 8192 if device.type == "cuda" else 2048
+    a = _seeded(torch.randn, side, side).to(device)
+    return 2 * side**3 / images_per_second(lambda: a @ a, 1, seconds, device).seconds
 
 
 def _seeded(draw: Callable[..., Tensor], *shape: int) -> Tensor:

@@ -146,6 +146,7 @@ def _steps(report: dict) -> list[str]:
 def _speed(report: dict) -> list[str]:
     """One row per size and task."""
     compared = any(RATIO in row for row in report["results"])
+    peak = report["protocol"].get("peak gigaflops")
     rows = [
         [
             _spell(row["size"]),
@@ -156,11 +157,13 @@ def _speed(report: dict) -> list[str]:
             row["repeats"],
             "-" if row["peak_megabytes"] is None else f"{row['peak_megabytes']:.0f}",
             *([f"{row[RATIO]:.3g}" if RATIO in row else "-"] if compared else []),
+            *([f"{row['gigaflops']:.3g}" if "gigaflops" in row else "-"] if peak else []),
         ]
         for row in report["results"]
     ]
     titles = ["images per second", "ms per call", "quartiles apart, ms", "calls", "peak memory, MB"]
     titles += [RATIO + " as the released form"] if compared else []
+    titles += [f"GFLOP/s, of {peak:.3g} at most"] if peak else []
     batch = f"Batch {report['protocol']['batch']}, {report['protocol']['precision']}."
     lines = [batch, "", *_markdown(["size", "task", *titles], rows)]
     if enlarging := report.get("enlarging"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from arbscale import ArbitraryScaleModel, metrics, presets
+from arbscale import LIIF, ArbitraryScaleModel, metrics, presets
 from arbscale.data import low_high_pair
 from arbscale.evaluation import bench, reports
 
@@ -88,8 +88,12 @@ def test_measure_has_every_row(low_size, small, monkeypatch, tmp_path):
     yardstick, ours = ([r for r in rows if r["task"] == name][1] for name in (forms[0], forms[-1]))
     assert ours["times as fast"] == yardstick["seconds"] / ours["seconds"]
     assert report["protocol"]["batch"] == 2 and report["machine"]["threads"] >= 1
+    released = LIIF(128).parameters()
     text = reports.table(report)
-    assert "times as fast as the released form" in text
+    assert "times as fast as the released form" in text and "GFLOP/s" in text
+    counted = 2 * sum(x.numel() for x in released if x.ndim == 2) * 4 * 12**2  # four neighbours
+    assert yardstick["gigaflops"] * yardstick["seconds"] * 1e9 == pytest.approx(counted)
+    assert report["protocol"]["peak gigaflops"] > 0
     assert ("| 2 | float32 | largest |" in text) == bool(low_size)
     bench.plot(report, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
