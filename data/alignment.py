@@ -1,7 +1,7 @@
 """Fine-tunes the denoiser of `cats` with and without the image term: data/cats/alignment.json.
 
     python data/alignment.py         in a folder above data/; half an hour of one CPU thread
-    python data/alignment.py 500     with that many steps for each of the six runs
+    python data/alignment.py 1000    with that many steps for each of the six runs
 
 Aligned run and control of a seed see the same images, steps and noise, so their difference is the
 effect of the image term. ARBSCALE_DATA names the folder of afhq_cats256. Rerun the same command to
@@ -58,7 +58,7 @@ def errors(model: ArbitraryScaleModel, images: Tensor, noise: Tensor) -> dict[st
     return found
 
 
-def main(steps: int = 100) -> None:
+def main(steps: int = 400) -> None:
     """Train, measure, write and print."""
     base = ArbitraryScaleModel.load("cats").to(pick_device())
     held = open_dataset(DATA, "val")
