@@ -1,8 +1,7 @@
 """Trains heads of the decoder side by side on a shipped encoder: writes data/FAMILY/heads.json.
 
-    python data/heads.py cats          in a folder above data/; an hour of one CPU thread
-    python data/heads.py photos        20 minutes
-    python data/heads.py cats 2000     with that many steps each
+    python data/heads.py cats           in a folder above data/; an hour of one CPU thread
+    python data/heads.py photos 2000    2,000 steps each, not 500; half an hour
 
 Every head begins with a new decoder of the same weights and sees the same images and points.
 ARBSCALE_DATA names the folder of afhq_cats256 or sr, ARBSCALE_WEIGHTS that of AlexNet, for LPIPS.
@@ -59,7 +58,7 @@ class Arena:
 
 ARENAS = {
     "cats": Arena("afhq_cats256", True, "faces_128", 100, (0.5, 1, 1.5625, 2), tuple(HEADS)),
-    "photos": Arena("sr", False, "whole", 34, (1, 2, 4, 8), (*HEADS,)[:2] + (*HEADS,)[3:4]),
+    "photos": Arena("sr", False, "whole", 34, (1, 2, 4, 8), (*HEADS,)[0:4:3]),
 }
 
 
