@@ -58,7 +58,9 @@ class Arena:
 
 ARENAS = {
     "cats": Arena("afhq_cats256", True, "faces_128", 100, (0.5, 1, 1.5625, 2), tuple(HEADS)),
-    "photos": Arena("sr", False, "whole", 34, (1, 2, 4, 8), (*HEADS,)[0:4:3]),
+    "photos": Arena(
+        "sr", False, "whole", 34, (1, 2, 4, 8), ("LIIF, four neighbours", "interpolated, 2 x 2")
+    ),
 }
 
 
@@ -70,9 +72,10 @@ def trained(
     model = ArbitraryScaleModel(replace(base.preset, **fields)).to(base.device)
     model.first_stage.encoder.load_state_dict(base.first_stage.encoder.state_dict())
     images = open_dataset(arena.data, "train")
-    source = (
-        training.whole_source(images) if arena.whole else training.photo_source(images, base.preset)
-    )
+    if arena.whole:
+        source = training.whole_source(images)
+    else:
+        source = training.photo_source(images, base.preset)
     folder = RUNS / base.preset.name / f"{'-'.join(map(str, fields.values()))}-{steps}"
     run = training.Run(folder, True, save_every=100, keep=1, sample_every=0, precision="bf16")
     training.train_decoder(model.first_stage, source, model.preset, steps, run=run)

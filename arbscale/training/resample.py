@@ -11,7 +11,7 @@ from arbscale.model import ArbitraryScaleModel
 from arbscale.samplers import UPSCALING, Sampling
 
 NOISIEST = 0.25  # of the schedule: generation starts below, as more noise makes another image
-GENERATION = Sampling(3, "dpm_solver_pp")
+GENERATION = Sampling(3, "dpm_solver_pp")  # from there few steps are enough
 
 
 @dataclass(frozen=True)
