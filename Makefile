@@ -1,4 +1,4 @@
-# Each target builds the environment .venv first, from requirements.lock with its hashes.
+# Most targets build the environment .venv first, from requirements.lock with its hashes.
 # To use another Python than the one on the path:  make PYTHON=python3.12
 
 PYTHON ?= python3
@@ -36,9 +36,8 @@ lab: .venv/.ready  ## open the notebooks in JupyterLab
 		--LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb \
 		--ContentsManager.hide_globs=outputs --ContentsManager.hide_globs=__pycache__ $(ARGS)
 
-# Each visitor has a process of his own: two are started before anyone comes, each may take 3 GB,
-# and ends two minutes after its visitor has left. While one waits, it must not keep a core busy
-# that another needs (OMP_WAIT_POLICY). The extensions left out need a newer JupyterLab.
+# Each visitor gets a separate process of at most 3 GB, which ends two minutes after the visitor
+# leaves; two are started in advance. An idle one must not occupy a core (OMP_WAIT_POLICY). The extensions left out need a newer JupyterLab.
 page: .venv/.ready  ## serve the explorer as a page without code, for several visitors
 	ulimit -d 3000000; OMP_WAIT_POLICY=PASSIVE PATH="$(CURDIR)/.venv/bin:$$PATH" \
 		$(PY) -m voila notebooks/page.ipynb --preheat_kernel=True --pool_size=2 \

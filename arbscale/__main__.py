@@ -251,7 +251,7 @@ def convert(
 
 
 def blend(a: Named, b: Named, *, output: Folder, share: float = 0.5) -> None:
-    """Mix the weights of model A with a share (0 to 1) of those of B, trained on from A."""
+    """Interpolate from the weights of A to those of B, trained on from A; --share is that of B."""
     from arbscale.training import command
 
     command.blend(a, b, output, share)
@@ -347,8 +347,8 @@ COMMANDS = (
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return 0; what the user can mend is one line and status 2.
 
-    That are InputError, StateError, what the system refuses, and a full memory. Any other error is
-    a bug: it goes on, so that Python prints its traceback and exits with 1.
+    These are InputError, StateError, what the system refuses, and a full memory. Any other error is
+    a bug: it propagates, so that Python prints its traceback and exits with 1.
     """
     words = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is escaped

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from arbscale import presets, store
-from arbscale.autoencoder import Encoder, FirstStage, SymmetricDecoder, TinyDecoder, TinyEncoder
+from arbscale.autoencoder import Encoder, FirstStage, SymmetricDecoder, TinyEncoder
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset
 from arbscale.store import InputError
@@ -98,7 +98,7 @@ def convert(checkpoint: Path, config: Path, folder: Path) -> str:
         model.get_submodule(name).load_state_dict(part.state_dict())
     for part, steps in untrained.items():
         model.manifest[part] = (
-            f"untrained; train it with `python -m arbscale train tiny --start {folder.name} "
+            f"untrained; train it with `python -m arbscale train tiny --start {folder} "
             f"--data IMAGES --steps {steps} -o OUTPUT`"
         )
     model.manifest |= {"name": preset.name, "source": checkpoint.name, "config": config.name}
@@ -113,7 +113,7 @@ def read_checkpoint(path: Path) -> State:
         if path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, SafetensorError):
+    except (EOFError, RuntimeError, UnpicklingError, SafetensorError):
         raise InputError(
             f"{path} is damaged or holds Python objects, which are not read; where you trust its "
             "source, save its `state_dict` alone"
@@ -258,23 +258,10 @@ def unet_from_reference(config: dict, state: State) -> UNet:
 
 def tiny_encoder(state: State) -> TinyEncoder:
     """Build TAESD's encoder from its state dict; ValueError on what does not fit."""
-    return _load_tiny(TinyEncoder, 0, state)
-
-
-def tiny_decoder(state: State) -> TinyDecoder:
-    """Build TAESD's decoder from its state dict; ValueError on what does not fit."""
-    # Published, the decoder's first entry draws in outliers and has no weights.
-    state = {re.sub(r"^\d+", lambda n: str(int(n[0]) - 1), k): v for k, v in state.items()}
-    return _load_tiny(TinyDecoder, 1, state)
-
-
-def _load_tiny(kind: type, axis: int, state: State) -> nn.Module:
-    first = "0.weight"
     last = f"{max((int(k.partition('.')[0]) for k in state if k[0].isdigit()), default=0)}.weight"
-    if first not in state or last not in state:
+    if "0.weight" not in state or last not in state:
         raise InputError("these are not TAESD's weights: no numbered layers; see its repository")
-    latent = state[first].shape[1] if axis else state[last].shape[0]
-    net = unfilled(kind, state[first].shape[0], latent)
+    net = unfilled(TinyEncoder, state["0.weight"].shape[0], state[last].shape[0])
     names = {k.rpartition(".")[0] for k in net.layers.state_dict()}
     return _load(net, [(name, f"layers.{name}") for name in sorted(names)], state)
 

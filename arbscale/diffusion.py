@@ -90,11 +90,7 @@ def guided(denoise: Denoiser, guide: Denoiser, weight: float) -> Denoiser:
     the stronger one and beyond. Implements autoguidance, Karras et al. 2024: guide + weight
     (denoise - guide). A `weight` of 1 is `denoise` alone, 0 the guide alone.
     """
-
-    def noise(z: Tensor, t: Tensor) -> Tensor:
-        return torch.lerp(guide(z, t), denoise(z, t), weight)
-
-    return noise
+    return lambda z, t: torch.lerp(guide(z, t), denoise(z, t), weight)
 
 
 def denoising_loss(
@@ -126,23 +122,12 @@ def alignment_loss(
     frozen decoder. By algebra the latent term equals the plain noise error, so it is computed as
     such, which is exact where `w(t)` is large.
 
-    Parameters
-    ----------
-    denoise
-        Predicts the noise in a scaled latent.
-    decode
-        Maps *scaled* latents (B, c, h, w) to images of `image`'s size; it divides by the scale.
-    z0, image
-        Scaled latents (B, c, h, w) and images (B, 3, H, W) in [-1, 1].
-    t, noise
-        Steps (B,) and noise like the latents.
-    schedule
-        Gives alpha_bar.
-    max_weight
-        Clamp for the image term's `w(t)`; None as in the paper, 0 for no image term.
+    `denoise` predicts the noise in a scaled latent; `decode` maps *scaled* latents (B, c, h, w) to
+    images of `image`'s size, so it divides by the scale. `image` is (B, 3, H, W) in [-1, 1]; the
+    rest is as for `denoising_loss`. `max_weight` clamps the image term's `w(t)`: None as in the
+    paper, 0 for no image term.
 
     Source: Kim and Kim 2024, second stage of the diffusion model's training.
-
     """
     z_t = schedule.add_noise(z0, t, noise)
     eps = denoise(z_t, t)

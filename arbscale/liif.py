@@ -1,4 +1,4 @@
-"""LIIF: an MLP that paints any pixel of any image from a grid of features.
+"""LIIF: an MLP that predicts the colour of any pixel of any image from a grid of features.
 
 Implements the local implicit image function of Chen, Liu and Wang 2021 without feature unfolding,
 as Kim and Kim 2024 use it. A query point looks at the four latent pixels around it; for each, the
@@ -40,27 +40,11 @@ class _Head(nn.Module):
 
     in_channels: int
 
-    def query(
-        self, features: Tensor, coords: Tensor, cells: Tensor, block: int | None = BLOCK
-    ) -> Tensor:
-        """Colours at scattered points.
+    def query(self, features: Tensor, coords: Tensor, cells: Tensor) -> Tensor:
+        """Colours (B, N, 3), about [-1, 1], at scattered points, in blocks of bounded memory.
 
-        Parameters
-        ----------
-        features
-            (B, C, h, w).
-        coords
-            (B, N, 2), (y, x) in [-1, 1], pixel centres of the wanted image.
-        cells
-            (B, 2), extent (y, x) of one pixel of the wanted image, 2 / size.
-        block
-            Points computed at a time; None for all at once. The result is the same.
-
-        Returns
-        -------
-        Tensor
-            (B, N, 3), about [-1, 1].
-
+        Takes features (B, C, h, w); coords (B, N, 2), (y, x) in [-1, 1], pixel centres of the
+        wanted image; and cells (B, 2), the extent (y, x) of one of its pixels, 2 / size.
         """
         batch = len(features)
         if coords.ndim != 3 or coords.shape[0] != batch or coords.shape[-1] != 2:
@@ -68,13 +52,11 @@ class _Head(nn.Module):
         self._check(features, cells)
         images = []
         for table, points in zip(self._project(features, cells), coords, strict=True):
-            parts = points.split(block or len(points) or 1)
+            parts = points.split(BLOCK)
             images.append(torch.cat([self._paint(table, *self._axes(table, *p.mT)) for p in parts]))
         return torch.stack(images)
 
-    def query_grid(
-        self, features: Tensor, y: Tensor, x: Tensor, cells: Tensor, block: int | None = BLOCK
-    ) -> Tensor:
+    def query_grid(self, features: Tensor, y: Tensor, x: Tensor, cells: Tensor) -> Tensor:
         """Colours (B, 3, H, W) where rows y (H,) cross columns x (W,), positions in [-1, 1].
 
         What `query` gives at these points, but what a row or a column shares is computed once, and
@@ -83,10 +65,9 @@ class _Head(nn.Module):
         self._check(features, cells)
         features, y, cells = _among(features, y, cells, 0)
         features, x, cells = _among(features, x, cells, 1)
-        block = block or len(y) * len(x)
-        across = math.ceil(len(x) / math.ceil(len(x) / min(block, WIDTH)))
+        across = math.ceil(len(x) / math.ceil(len(x) / min(BLOCK, WIDTH)))
         tables, images = self._project(features, cells), []
-        down = max(1, block // max(across, tables.shape[2]))
+        down = max(1, BLOCK // max(across, tables.shape[2]))
         rows, cols = self._axes(tables[0], y, x)
         for table in tables:
             bands = [
@@ -96,25 +77,18 @@ class _Head(nn.Module):
             images.append(torch.cat(bands))  # (H, W, 3)
         return torch.stack(images).permute(0, 3, 1, 2).contiguous()
 
-    def render(
-        self,
-        features: Tensor,
-        size: int | Size,
-        window: Window | None = None,
-        block: int | None = BLOCK,
-    ) -> Tensor:
+    def render(self, features: Tensor, size: int | Size, window: Window | None = None) -> Tensor:
         """Paint an image of any `size`, or a window of it, in blocks of bounded memory.
 
         Features (B, C, h, w) -> (B, 3, height, width), about [-1, 1]. `size` is (height, width) of
-        the whole image; `window` is (top, left, height, width) in its pixels; `block` as in
-        `query`.
+        the whole image; `window` is (top, left, height, width) in its pixels.
         """
         size, device = check_size(size), features.device
         top, left, height, width = check_window(window, size)
         y = pixel_centres(size[0], device)[top : top + height]
         x = pixel_centres(size[1], device)[left : left + width]
         cells = cell(size, device).expand(len(features), -1)
-        return self.query_grid(features, y, x, cells, block)
+        return self.query_grid(features, y, x, cells)
 
     def _check(self, features: Tensor, cells: Tensor) -> None:
         if features.ndim != 4 or features.shape[1] != self.in_channels:
@@ -215,18 +189,8 @@ class InterpolatedLIIF(_Head):
     continuous across borders) and the cell enter, and ReLU and the other layers follow. Where LIIF
     needs its local ensemble for continuity, this is continuous by construction.
 
-    Parameters
-    ----------
-    in_channels
-        C.
-    hidden
-        Widths of the hidden layers, at least one.
-    cell_decode
-        Tell the MLP the output pixel's extent.
-    finer
-        The first layer gives each latent pixel `finer` x `finer` features, a finer grid to
-        interpolate on, while the decoder stays at the latent's resolution.
-
+    Parameters as in `LIIF`; the first layer gives each latent pixel `finer` x `finer` features, a
+    finer grid to interpolate on, while the decoder stays at the latent's resolution.
     """
 
     def __init__(

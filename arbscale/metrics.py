@@ -19,16 +19,6 @@ from torch import Tensor
 from arbscale.coords import Size, check_size
 from arbscale.store import InputError
 
-__all__ = [
-    "frechet_distance",
-    "lpips",
-    "lpips_is_there",
-    "precision_recall",
-    "psnr",
-    "self_ssim",
-    "ssim",
-]
-
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 """The SSIM window's side and standard deviation in pixels, and the two stabilising constants."""
 

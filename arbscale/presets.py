@@ -72,9 +72,9 @@ class Preset:
     alignment_lr: float = 1e-6  # the same for the alignment stage
     # losses
     kl_weight: float = 1e-6  # of the posterior's divergence, while the encoder is trained
-    lpips_weight: float = 0.0  # of LPIPS beside L1; wants `crop`
-    lattice_weight: float = 0.0  # of patterns that repeat with each latent pixel; wants `crop`
-    adversarial_weight: float = 0.0  # of a patch discriminator's opinion; wants `crop`
+    lpips_weight: float = 0.0  # of LPIPS beside L1; needs `crop`
+    lattice_weight: float = 0.0  # of patterns that repeat with each latent pixel; needs `crop`
+    adversarial_weight: float = 0.0  # of a patch discriminator's loss; needs `crop`
     flat: float = 0.0  # share of random crops that are reduced to their mean colour
     crop: int = 0  # side of a window of LIIF's targets, beside scattered points; 0: none
     prediction: Literal["eps", "v"] = "eps"  # what the denoiser gives: the noise or the velocity
@@ -88,11 +88,11 @@ class Preset:
         low, high = self.target_sizes
         if low > high:
             raise InputError(f"target_sizes are a smallest and a largest side, got {low}, {high}")
-        if self.lpips_weight and min(self.crop, low, self.image_size) < 32:
+        windows = self.lattice_weight or self.adversarial_weight
+        least = 32 if self.lpips_weight else 8 if windows else 0
+        if min(self.crop, low, self.image_size) < least:
             sides = self.crop, self.image_size, self.target_sizes
-            raise InputError(f"LPIPS takes crop, image_size, target_sizes from 32 px, got {sides}")
-        if (self.lattice_weight or self.adversarial_weight) and not self.crop:
-            raise InputError("lattice and adversarial weights are of windows; set crop")
+            raise InputError(f"LPIPS or lattice: crop and sizes from {least} px, got {sides}")
         if self.flat > 1:
             raise InputError(f"flat is a share of all crops, from 0 to 1, got {self.flat}")
 
@@ -319,7 +319,7 @@ def paper_div2k_sr() -> Preset:
 
 
 def paper_tower_sr() -> Preset:
-    """Super-resolution of LSUN Tower, 16 to 256 px; its U-Net and betas are ours, as for faces."""
+    """Super-resolution of LSUN Tower, 16 to 256 px; U-Net and betas of `paper_faces_sr`, ours."""
     return replace(
         paper_faces_sr(),
         name="paper_tower_sr",

@@ -247,13 +247,9 @@ class Sampling:
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
             raise InputError(f"a seed is an integer from -2**63 to 2**64 - 1, got {self.seed!r}")
 
-    def generator(self, purpose: str = "") -> torch.Generator:
-        """Return a fresh generator on the CPU; each `purpose` has a stream of its own."""
-        seed = self.seed
-        if purpose:
-            digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
-            seed = int.from_bytes(digest[:8], "big") >> 1
-        return torch.Generator().manual_seed(seed)
+    def generator(self) -> torch.Generator:
+        """Return a fresh generator on the CPU."""
+        return torch.Generator().manual_seed(self.seed)
 
     def run(
         self,

@@ -81,7 +81,8 @@ def find(name_or_path: str | Path) -> Path:
 
     Raises FileNotFoundError that lists the shipped names.
     """
-    candidates = [Path(name_or_path).expanduser(), *(root / str(name_or_path) for root in SHIPPED)]
+    own = Path(os.path.expanduser(name_or_path))
+    candidates = [own, *(root / str(name_or_path) for root in SHIPPED)]
     for folder in candidates:
         if (folder / MANIFEST).is_file():
             return folder
@@ -149,10 +150,8 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
             raise InputError(f"{path} has {size} bytes, not {entry['bytes']}; fetch it again")
         if sha256(path) != entry["sha256"]:
             raise InputError(f"{path} does not have its manifest's SHA-256; fetch it again")
-        try:
+        with reading(path):
             shard = load_file(path)
-        except SafetensorError as error:
-            raise InputError(f"{path} is not a safetensors file ({error})") from None
         if twice := sorted(set(state) & set(shard)):
             raise InputError(f"{path} holds {twice[0]}, which another file holds already")
         check_finite(shard, path)

@@ -1,10 +1,10 @@
 """Overlapping tiles: networks that see a tile at a time, and images without seams.
 
-Tiles are cut in the input. What the denoiser says of them is blended at every step, from noise that
-does not depend on how the image is cut. Their decoded pixels are laid over those of the neighbours
-with a linear ramp across the overlap. Then the image is corrected so that it agrees with the input:
-as a whole, because a tile's window of whole output pixels covers a slightly different area than the
-tile itself.
+Tiles are cut in the input. The denoiser's outputs on them are blended at every step, from noise
+that does not depend on how the image is cut. Their decoded pixels are laid over those of the
+neighbours with a linear ramp across the overlap. Then the image is corrected so that it agrees with
+the input: as a whole, because a tile's window of whole output pixels covers a slightly different
+area than the tile itself.
 """
 
 from __future__ import annotations

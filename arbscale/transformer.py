@@ -154,20 +154,8 @@ class TransformerDenoiser(nn.Module):
     Attention with rotary positions knows offsets alone, and nothing here pads with zeros, so each
     token is told its place in the image, (y, x) in [-1, 1].
 
-    Parameters
-    ----------
-    latent_channels, condition_channels
-        As for `unet.UNet`.
-    width, merge, head_channels
-        As for `LatentTransformer`.
-    blocks
-        How many; block i reads what block `blocks - 1 - i` wrote, beside the tokens.
-
-    Attributes
-    ----------
-    checkpointing
-        As for `unet.UNet`.
-
+    Parameters as in `unet.UNet` and `LatentTransformer`, `checkpointing` too; beside the tokens,
+    block i reads what block `blocks - 1 - i` wrote.
     """
 
     window: int | None = None  # side of what a position reads, where it is not all

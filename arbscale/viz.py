@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -44,13 +45,15 @@ def _labels(labels: Sequence[Any] | None, n: int) -> list[str]:
 
 
 def _resized(picture: Any, size: tuple[int, int], box: Any = None) -> Any:
-    """Resize an image, or a part of it, with hard pixels up and antialiasing down."""
-    from PIL import Image
+    """Resize an image, or a part of it, with hard pixels of equal size up, antialiasing down."""
+    from PIL.Image import Resampling
 
-    left, top, right, bottom = box or (0, 0, *picture.size)
-    grows = size[0] >= right - left and size[1] >= bottom - top
-    way = Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS
-    return picture.resize(size, way, box=(left, top, right, bottom))
+    box = box or (0, 0, *picture.size)
+    sides = box[2] - box[0], box[3] - box[1]
+    if size[0] < sides[0] or size[1] < sides[1]:
+        return picture.resize(size, Resampling.LANCZOS, box=box)
+    whole = [math.ceil(n / side) * math.ceil(side) for n, side in zip(size, sides, strict=True)]
+    return picture.resize(whole, Resampling.NEAREST, box=box).resize(size, Resampling.BOX)
 
 
 def _fitted(picture: Any, box: float) -> Any:
@@ -113,7 +116,8 @@ def zoom_strip(images: Images, window: Window, titles: Sequence[Any] | None = No
     shown = [_fitted(pictures[0], side)]
     scale = shown[0].width / across
     edge = [scale * n for n in (left, top, left + wide, top + tall)]
-    ImageDraw.Draw(shown[0]).rectangle(edge, outline=ACCENT, width=2)
+    for colour, width in ((PAPER, 4), (ACCENT, 2)):  # seen on any background
+        ImageDraw.Draw(shown[0]).rectangle(edge, outline=colour, width=width)
     size = tuple(max(1, round(side * n / max(tall, wide))) for n in (wide, tall))
     for picture in pictures:
         x, y = picture.width / across, picture.height / height
@@ -173,13 +177,10 @@ def _sheet(shown: list[Any], above: list[str], below: list[str], columns: int) -
 
 
 def _font() -> Any:
-    """Return a font of 9.75 pt, with Greek and × where matplotlib is there."""
+    """Return a font of 9.75 pt, with Greek and ×."""
+    import matplotlib
     from PIL import ImageFont
 
-    try:
-        import matplotlib
-    except ImportError:
-        return ImageFont.load_default(size=13)
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 13)
 
 
@@ -193,7 +194,7 @@ def _wrap(text: str, fits: Any) -> list[str]:
                 lines.append("")
             lines[-1] = f"{lines[-1]} {word}".strip()
     for k, line in enumerate(lines):
-        while not fits(lines[k]):
+        while line and not fits(lines[k]):
             line = line[:-1]
             lines[k] = line + "…"
     return lines[:3]
@@ -242,11 +243,11 @@ PARTS = {
     "encoder": ("encoder E\ndown by f", "stage 1, then frozen", 2.9),
     "denoiser": (
         "denoiser: U-Net\nwith transformer",
-        "stages 3 and 4; in 4\nthrough the decoder",
+        "stage 3; stage 4 with\na loss on the image",
         3.15,
     ),
     "decoder": ("symmetric decoder\nsame resolution", "stage 2, then frozen", 8.0),
-    "liif": ("LIIF: one MLP,\nasked per pixel", "stage 2, then frozen", 12.9),
+    "liif": ("LIIF: one MLP,\ncalled per pixel", "stage 2, then frozen", 12.9),
 }
 """The networks of the method: what each is, when it is trained, and where `pipeline` draws it."""
 

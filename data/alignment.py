@@ -1,6 +1,6 @@
 """Fine-tunes the denoiser of `cats` with and without the image term: data/cats/alignment.json.
 
-    python data/alignment.py         in a folder above data/; half an hour of one CPU thread
+    python data/alignment.py         run in the root of the checkout; half an hour of one thread
     python data/alignment.py 1000    with that many steps for each of the six runs
 
 Aligned run and control of a seed see the same images, steps and noise, so their difference is the

@@ -1,11 +1,11 @@
 """Trains heads of the decoder side by side on a shipped encoder: writes data/FAMILY/heads.json.
 
-    python data/heads.py cats           in a folder above data/; an hour of one CPU thread
+    python data/heads.py cats           run in the root of the checkout; an hour of one thread
     python data/heads.py photos 2000    2,000 steps each, not 500; half an hour
 
 Every head begins with a new decoder of the same weights and sees the same images and points.
 ARBSCALE_DATA names the folder of afhq_cats256 or sr, ARBSCALE_WEIGHTS that of AlexNet, for LPIPS.
-Rerun the same command to resume; a finished comparison repeats its timing alone.
+Rerun the same command to resume; if all is finished, only the timing is measured again.
 """
 
 import sys

@@ -141,18 +141,20 @@ def test_a_picture_does_not_depend_on_its_batch():
 
 
 @pytest.mark.parametrize("block", [1, 7, 100, 10_000])
-def test_blocks_change_nothing(block):
+def test_blocks_change_nothing(block, monkeypatch):
     liif, f = build(), features(5, 4, batch=2)
     with torch.no_grad():
-        whole = liif.render(f, (11, 13), block=None)
-        torch.testing.assert_close(liif.render(f, (11, 13), block=block), whole, atol=1e-6, rtol=0)
+        whole = liif.render(f, (11, 13))
+        monkeypatch.setattr("arbscale.liif.BLOCK", block)
+        torch.testing.assert_close(liif.render(f, (11, 13)), whole, atol=1e-6, rtol=0)
 
 
-def test_blocks_change_no_gradient():
+def test_blocks_change_no_gradient(monkeypatch):
     gradients = []
-    for block in (None, 10):
+    for block in (10_000, 10):
+        monkeypatch.setattr("arbscale.liif.BLOCK", block)
         liif, f = build(), features(5, 4).requires_grad_()
-        liif.render(f, (9, 8), block=block).square().mean().backward()
+        liif.render(f, (9, 8)).square().mean().backward()
         gradients.append([f.grad, *(p.grad for p in liif.parameters())])
     for whole, blocked in zip(*gradients, strict=True):
         torch.testing.assert_close(whole, blocked, atol=1e-6, rtol=1e-5)

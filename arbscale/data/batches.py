@@ -1,4 +1,4 @@
-"""Many image files at once: which is made of which, and what a stopped command has finished."""
+"""Many image files at once: which output belongs to which input, and what is finished already."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Public data sets and weights, downloaded, checked, and unpacked completely or not at all.
 
 The servers are not trusted: a file gets its name only when its SHA-256 is the one below, and a
-folder only when all its images are there. The publishers print no digests. These are the ones that
+folder only when all its images are there. The publishers give no digests, so these are those that
 others have recorded: TensorFlow Datasets for DIV2K, UVCGANv2 for AFHQ, and for TAESD's encoder the
 one of the copy in ComfyUI's portable release, which takes it from the repository below.
 """

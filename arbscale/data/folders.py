@@ -10,11 +10,12 @@
 | empty, not an image, damaged header, no permission | skipped with a counted warning |
 | over `images.MAX_PIXELS` (a decompression bomb) | skipped with a warning, before it is decoded |
 | a PNG with over 1 MB of text or profile | the pixels are used, text and profile ignored |
-| truncated, damaged (where the decoder notices), floats, | an error when it is read (ValueError, |
-| signed or over 16 bits, 16 bits in planes apart, deleted | FileNotFoundError); while training |
-| after listing | skipped with a counted warning and replaced by the next image |
+| truncated, damaged, of values refused by `pixels.py`, deleted after listing | see below |
 | named in a split list but missing | the list is refused with FileNotFoundError |
 | hidden, a folder named like an image, a broken or circular link, a pipe | passed over |
+
+What is found broken only when it is read raises ValueError or FileNotFoundError; in training it is
+skipped with a counted warning, and the next image takes its place.
 
 `python -m arbscale check FOLDER` reads every file and prints what happens to it.
 """

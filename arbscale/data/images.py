@@ -125,20 +125,14 @@ def open_image(path: str | Path) -> Iterator[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no image at {path}; check the path")
     try:
-        with _unwarned(), _open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(f"{image.height} x {image.width} is {TOO_LARGE}")
-            yield image
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # they name no file
+            with _open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise InputError(f"{image.height} x {image.width} is {TOO_LARGE}")
+                yield image
     except Exception as error:  # a decoder fed with a damaged file may raise anything
         raise InputError(f"{path} cannot be read ({reason(error)}); replace it") from error
-
-
-@contextmanager
-def _unwarned() -> Iterator[None]:
-    """Leave out what PIL says of an image, its limit of pixels among it: it names no file."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")
-        yield
 
 
 def _open(path: Path) -> Any:

@@ -6,11 +6,11 @@
 | colour profile | converted to sRGB; a damaged one is ignored |
 | grey of 12 or 16 bits | its white is 4095 or 65535; WhiteIsZero is inverted |
 | RGB of 16 bits | PIL reads the upper 8 bits |
-| transparency | alpha of its own |
+| transparency | kept as a separate alpha channel |
 | EXIF orientation | turned upright; a damaged tag is ignored |
 | animated, several pages | the first frame |
 | floats, 32 bits, signed integers | refused: their black and white are not known |
-| planes of 16 bits stored apart | refused: PIL mixes them up |
+| 16 bits in separate planes | refused: PIL mixes them up |
 
 PIL keeps many of these facts beside the pixels and drops them once the pixels are there, so they
 are read from the header first.

@@ -81,10 +81,6 @@ class Scenes:
         """Return the scenes of a slice or an index tensor."""
         return Scenes(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
-    def to(self, device: torch.device | str) -> Scenes:
-        """Return the scenes on `device`."""
-        return Scenes(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
-
 
 def _hash(x: Tensor) -> Tensor:
     """Scramble 32-bit integers held in int64 (C. Wellons' `lowbias32`)."""

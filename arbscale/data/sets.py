@@ -104,7 +104,7 @@ class PatchDataset(Dataset):
 def data_root(variable: str = "ARBSCALE_DATA") -> Path:
     """Return the folder that an environment variable names; FileNotFoundError where it does not."""
     value = os.environ.get(variable, "")
-    root = Path(value).expanduser()
+    root = Path(os.path.expanduser(value))
     if not value or not root.is_dir():
         hint = f"`export {variable}=/an/existing/folder`, or name a folder yourself"
         raise FileNotFoundError(f"{variable} is {value!r}, not a folder: {hint}")
@@ -170,7 +170,7 @@ def _open(
 
 def find_folder(name: str | Path) -> Path:
     """Return the folder of that path, or of that name below `data_root()`; FileNotFoundError."""
-    root = Path(name).expanduser()
+    root = Path(os.path.expanduser(name))
     root = root if root.is_dir() else data_root() / name
     if root.is_dir():
         return root

@@ -168,7 +168,7 @@ def _plot_enlarging(axes: Any, rows: list[dict], key: str) -> None:
         for row, *point in zip(own, x, y, strict=True):
             axes.annotate(f" {row['steps']}", point)
     title = f"{METRICS[key][0]} of photographs enlarged x2, by steps"
-    axes.set(title=title, xlabel="seconds a megapixel")
+    axes.set(title=title, xlabel="seconds per megapixel of output")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
 

@@ -50,7 +50,7 @@ class Options:
     protocol: str = "whole"  # whole, benchmark, div2k, paper_faces ...
     features: str = "encoder"  # of the distances: encoder, alexnet, vgg16, or inception (FID)
     allow_few: bool = False  # FID of fewer than 2048 images
-    steps: int | None = None  # denoising steps; default 25, 3 to upscale
+    steps: int | None = None  # denoising steps; default 25, 2 to upscale
     sampler: str | None = None  # default sde_dpm_solver_pp, dpm_solver_pp to upscale
     seed: int = 0  # decides everything
     guidance: float | None = None  # 1: no guide; default the model's
@@ -134,10 +134,8 @@ def _pairs(options: Options, model: ArbitraryScaleModel, task: str) -> tuple[dic
     n = options.count(32 if data == "scenes" else len(images))
     if n > len(images):
         raise InputError(f"{data}, {split} has {len(images)} images, fewer than {n}")
-    rule, sampling = (
-        get_protocol(options.protocol),
-        options.sampling(UPSCALING if task == "upscale" else Sampling()),
-    )
+    rule = get_protocol(options.protocol)
+    sampling = options.sampling(UPSCALING if task == "upscale" else Sampling())
     with_lpips = evaluation.lpips_or_why_not()
     choices = evaluation.pair_protocol(rule, images, task, n, sampling, with_lpips)
     if task == "upscale":
@@ -188,9 +186,10 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
     sets.check(job, options.allow_few)
     choices = {"data": data, "split": split, "others' split": others, **sets.protocol(job)}
     if task == "steps":
-        if options.steps or len(job.sizes) > 1:
+        if options.steps or options.sampler or len(job.sizes) > 1:
             raise InputError(
-                f"--task steps takes one size, and the steps {STEPS}; leave --steps out"
+                f"--task steps takes one size, every sampler, and the steps {STEPS}; "
+                "leave --steps and --sampler out"
             )
         choices["sampling"] |= {"steps": STEPS, "sampler": tuple(SAMPLERS)}
         del choices["precision and recall over"], choices["self_ssim"]

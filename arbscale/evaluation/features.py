@@ -2,7 +2,8 @@
 
 A distance over features is a statement about a network, so an `Extractor` carries its name. Two of
 them, Inception and VGG-16, are those of published numbers and are downloaded by torch-fidelity. The
-other two need no network connection, and what is measured with them is not an FID.
+encoder ships with the package; AlexNet's weights come from torchvision. What is measured with these
+two is not an FID.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from arbscale.data import resize, to_uint8
 from arbscale.evaluation.resume import kept
-from arbscale.store import InputError, content_key, sha256
+from arbscale.store import InputError, content_key, reading, sha256
 
 ENCODER = "photos-tiny"
 """The shipped model whose encoder serves as an extractor, for every model that is measured."""
@@ -200,10 +201,8 @@ def _checked_state(path: Path) -> dict[str, Tensor]:
         wanted, found = SHA256.get(digits[1], digits[1]), sha256(path)
         if not found.startswith(wanted):
             raise InputError(f"{path} is damaged: its SHA-256 is {found}, not {wanted}; delete it")
-    try:
+    with reading(path, RuntimeError, UnpicklingError):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise InputError(f"{path} holds no weights ({error}); fetch it again") from error
 
 
 def _checkpoints() -> Path:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +23,8 @@ LIBRARIES = ("arbscale", "torch", "torchvision", "numpy", "scikit-image", "lpips
 COMPARED = "Denoisers with and without a transformer"
 TITLE = """# Results
 
-Every number that was measured on the shipped models; under each table stands its command."""
+Results of the shipped models, and of other weights where the caption or the command says so: those
+of the folders alignment and encoded. Below each table stands the command that measured it."""
 UNALIGNED = "unaligned"  # folder beside a report: the same of the weights before the alignment
 
 
@@ -43,7 +45,7 @@ def header(model: ArbitraryScaleModel, task: str, protocol: dict) -> dict:
             "threads": torch.get_num_threads(),
             "processor": platform.machine(),
         },
-        "command": "python -m arbscale " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "-m", "arbscale", *sys.argv[1:]]),
     }
 
 
@@ -78,15 +80,8 @@ def read_with_unaligned(path: Path) -> dict:
     before = read(path)
     if before["protocol"] != report["protocol"]:
         raise InputError(f"{path} was measured by another protocol; write it again")
-    name = "ours, before the alignment"
-    if report["task"] == "generate":
-        rows = report["results"]["rows"]
-        rows += [x | {"method": name} for x in before["results"]["rows"] if x["method"] == "ours"]
-        sizes = list(dict.fromkeys(tuple(row["size"]) for row in rows))
-        rows.sort(key=lambda row: sizes.index(tuple(row["size"])))  # after the others of its size
-    else:
-        for scale, methods in report["results"].items():
-            methods[name] = before["results"][scale]["ours"]
+    for scale, methods in report["results"].items():
+        methods["ours, before the alignment"] = before["results"][scale]["ours"]
     return report
 
 

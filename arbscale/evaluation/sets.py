@@ -33,13 +33,8 @@ CONSISTENCY = 100  # images at most for SelfSSIM, which compares every pair of s
 REPEATS = 10  # random halves for an interval
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the distances to the nearest training image
 
-FEATURES = {
-    "encoder": ("encoder", "encoder"),
-    "alexnet": ("alexnet", "alexnet"),
-    "inception": ("inception", "vgg16"),
-    "vgg16": ("vgg16", "vgg16"),
-}
-"""By name: the network of the Fréchet distance, and that of precision and recall."""
+FEATURES = {"encoder": "encoder", "alexnet": "alexnet", "inception": "vgg16", "vgg16": "vgg16"}
+"""By the network of the Fréchet distance: that of precision and recall."""
 
 OURS = "ours"
 OWN = "own training-size output, resized"
@@ -150,7 +145,7 @@ def check(job: Job, allow_few: bool) -> None:
 
 def protocol(job: Job) -> dict:
     """Return the protocol as JSON can hold it."""
-    networks = [extractor(name).label for name in FEATURES[job.features]]
+    networks = [extractor(name).label for name in (job.features, FEATURES[job.features])]
     return {
         "pictures": job.n,
         "reference": job.real.count,
@@ -177,13 +172,14 @@ def evaluate_generation(job: Job, partial: Partial) -> dict:
     """
     others = RealPictures(job.others.images, min(job.n, job.others.count))
     job, device = replace(job, partial=partial, others=others), job.model.device
-    networks = {name: extractor(name, device) for name in dict.fromkeys(FEATURES[job.features])}
+    names = dict.fromkeys((job.features, FEATURES[job.features]))
+    networks = {name: extractor(name, device) for name in names}
     shared(job.latents, range(0, job.n, BATCH), "sampling")
     sizes = [size for size in job.sizes if _has_reference(job, size)]
     return {
         "rows": [row for size in sizes for row in _rows(job, size, networks)],
         "self_ssim": _consistency(job),
-        "patches": _patches(job, networks[FEATURES[job.features][0]]),
+        "patches": _patches(job, networks[job.features]),
         "neighbours": _neighbours(job, networks),
     }
 
@@ -235,7 +231,7 @@ def _rows(job: Job, size: Size, networks: dict[str, Extractor]) -> Iterator[dict
         if count < job.n:
             continue
         seen = features_of(job, size, method, networks)
-        distance, neighbours = FEATURES[job.features]
+        distance, neighbours = job.features, FEATURES[job.features]
         scores = compare_sets(seen, real, distance, neighbours, job.sampling.seed)
         yield {"size": list(size), "method": method, "pictures": len(seen[distance]), **scores}
 
@@ -350,7 +346,7 @@ def _neighbours(job: Job, networks: dict[str, Extractor]) -> dict | None:
     """
     if job.real.exact or not _has_reference(job, job.base):
         return None
-    name = FEATURES[job.features][0]
+    name = job.features
     whole = RealPictures(job.real.images, len(job.real.images))
     train = whole.features(job.base, networks[name], "training list")
     levels = torch.tensor(QUANTILES, dtype=torch.float64)

@@ -27,7 +27,7 @@ def evaluate_steps(job: sets.Job, partial: Partial) -> dict:
     batches, without decoding; on a CPU they are CPU seconds, which other programs do not lengthen.
     All rows start from the same noise. The ceiling is the first stage of as many other real images.
     """
-    job, name = replace(job, partial=partial), sets.FEATURES[job.features][0]
+    job, name = replace(job, partial=partial), job.features
     network = sets.extractor(name, job.model.device)
     real = job.real.features(job.sizes[0], network, "reference")
     results = {"rows": []}

@@ -54,6 +54,8 @@ def _caption(report: dict) -> str:
         facts.append(f"protocol {protocol['name']} ({protocol['space'].upper()}, {border})")
     if report["task"] != "steps" and (sampling := protocol.get("sampling")):
         facts.append("{sampler}, {steps} steps, seed {seed}".format(**sampling))
+        if (guidance := sampling.get("guidance")) is not None:
+            facts.append(f"guidance {guidance:g}")
     facts.append(f"{machine['device']}, threads: {machine['threads']}")
     return "; ".join(facts) + ":"
 
@@ -161,9 +163,10 @@ def _speed(report: dict) -> list[str]:
         ]
         for row in report["results"]
     ]
-    titles = ["images per second", "ms per call", "quartiles apart, ms", "calls", "peak memory, MB"]
+    titles = ["images per second", "ms per call", "interquartile range, ms", "calls"]
+    titles += ["peak memory, MB"]
     titles += [RATIO + " as the released form"] if compared else []
-    titles += [f"GFLOP/s, of {peak:.3g} at most"] if peak else []
+    titles += [f"GFLOP/s (large matrix product: {peak:.3g})"] if peak else []
     batch = f"Batch {report['protocol']['batch']}, {report['protocol']['precision']}."
     lines = [batch, "", *_markdown(["size", "task", *titles], rows)]
     if enlarging := report.get("enlarging"):
@@ -174,7 +177,7 @@ def _speed(report: dict) -> list[str]:
 def _enlarging(rows: list[dict]) -> list[str]:
     """One row per way to enlarge: its time and its scores."""
     scores = {name: about for name, about in METRICS.items() if name in rows[0]}
-    titles = ["steps", "precision", "tile", "seconds a megapixel"]
+    titles = ["steps", "precision", "tile", "seconds per megapixel"]
     cells = [
         [
             row["steps"],
@@ -204,7 +207,8 @@ def _heads(report: dict) -> list[str]:
         ]
         for name, head in results.items()
     ]
-    told = f"Decoder and head trained for {report['protocol']['steps']} steps, all on the same:"
+    steps = report["protocol"]["steps"]
+    told = f"Decoder and head trained for {steps} steps, all on the same images and points:"
     return [told, "", *_markdown(titles, rows)]
 
 
@@ -215,15 +219,15 @@ def _alignment(report: dict) -> list[str]:
         [name, *(f"{100 * (x / y - 1):+.2f}" for x, y in zip(errors, before[1], strict=True))]
         for name, errors in runs
     ]
-    told = f"Image error after {report['protocol']['steps']} steps against that before, in percent:"
+    told = f"Change of the image error after {report['protocol']['steps']} steps, in percent:"
     return [told, "", *_markdown(["run", *(f"t = {t}" for t in report["protocol"]["times"])], rows)]
 
 
 def _ablation(report: dict) -> list[str]:
     """One table per comparison; one row per contestant, the mean and deviation over its seeds."""
     protocol, results = report["protocol"], report["results"]
-    titles = ["contestant", "parameters, M", "multiply-adds, M", "ms per step", "kept, MB"]
-    titles += ["held-out loss", "against the first", protocol["features"] + " distance"]
+    titles = ["contestant", "parameters, M", "multiply-adds, M", "ms per step", "for backward, MB"]
+    titles += ["held-out loss", "difference from the first", protocol["features"] + " distance"]
     titles += SCORES[1:]
     lines = [
         f"{protocol['steps']} steps, {protocol['seeds']} seeds, mean ± deviation over them. Loss: "

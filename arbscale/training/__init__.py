@@ -11,14 +11,4 @@ from arbscale.training.first_stage import (
 from arbscale.training.loop import Run, Stage, optimise
 from arbscale.training.processes import process_state
 from arbscale.training.runlog import read_log, read_summary
-from arbscale.training.sources import (
-    Batch,
-    PhotoBatch,
-    PhotoSource,
-    SceneBatch,
-    SceneSource,
-    Source,
-    photo_source,
-    scene_source,
-    whole_source,
-)
+from arbscale.training.sources import PhotoBatch, photo_source, scene_source, whole_source

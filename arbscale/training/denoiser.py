@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ class DiffusionStage(_DenoiserStage):
 
     def prepare(self, run: Run, accelerator: Any, seed: int) -> None:
         """Encode the pool, or open it where it has been encoded before; take its deviation."""
-        folder = run.latents or (run.folder and run.folder / "latents")
+        folder = run.latents or (run.folder and Path(run.folder) / "latents")
         identity = getattr(self.source, "identity", None)
         with accelerator.main_process_first():
             if folder and identity:

@@ -1,4 +1,4 @@
-"""The training loop: one for a laptop, for several GPUs, and for a machine that may be taken away.
+"""The training loop: one for a laptop, for several GPUs, and for a machine that may be preempted.
 
 Everything random in a step is a function of the seed, the stage, the step and the image's place in
 the batch. So a resumed run ends in the same weights as one that was not stopped, and neither the

@@ -1,4 +1,4 @@
-"""What a run leaves to be looked at: a log, TensorBoard's scalars and images, and a summary."""
+"""The records of a run: a log, TensorBoard scalars and images, and a summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step looks at: batches of images that can be had at any size.
+"""The images of a training step, available at any size.
 
 A batch is a function of the generator alone. Where several processes share a batch, each draws the
 random numbers of all of it and reads its own part.

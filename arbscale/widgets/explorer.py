@@ -1,7 +1,7 @@
-"""The scale explorer: one image at any scale, and as near as one likes.
+"""The scale explorer: one image at any scale and zoom.
 
-A browser asks for what it shows next; the kernel renders that window (`view`) of what is explored
-(`subjects`, `sources`) and no more, and does in a `Worker` what takes long. The front is
+The browser asks for the window that it shows. The kernel renders only this window (`view`) of what
+is explored (`subjects`, `sources`), and runs long work in a `Worker`. The front is
 `explorer.html`, `view.js` and `explorer.js`, joined into one module.
 """
 
@@ -64,7 +64,7 @@ class ScaleExplorer(anywidget.AnyWidget):
     scale
         Where the slider starts, 0.5 to 64.
     seed, steps, sampler
-        As in `samplers.Sampling`; by default 25 steps for a generator, 3 for super-resolution.
+        As in `samplers.Sampling`; by default 25 steps for a generator, 2 for super-resolution.
     truth
         What the output should be, if it is known: an image, or a function `(size, window)` that
         returns (3, height, width), such as `render_scenes` of a scene.

@@ -1,4 +1,4 @@
-"""Long work beside the kernel's own thread, so that questions and "cancel" are still heard."""
+"""Long work in a thread beside the kernel's, so that it still answers requests and "cancel"."""
 
 from __future__ import annotations
 

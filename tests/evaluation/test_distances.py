@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from arbscale import metrics
 from arbscale.evaluation import (
     distances,
     features,
@@ -275,10 +274,6 @@ def test_patch_distance_of_identical_sets_is_zero_and_grows():
     assert patch_frechet_distance(crops(0), crops(0), NETWORK) == pytest.approx(0, abs=1e-9)
     near, far = (patch_frechet_distance(crops(0), crops(s), NETWORK) for s in (0.1, 0.5))
     assert 0 < near < far
-
-
-def test_all_metrics_are_reached_from_one_place():
-    assert all(callable(getattr(metrics, name)) for name in metrics.__all__)
 
 
 def test_nearest_distances_by_hand():
