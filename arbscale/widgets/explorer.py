@@ -137,6 +137,8 @@ class ScaleExplorer(anywidget.AnyWidget):
         base = self._subject.source.base
         self._question = {"scale": scale, "screen": scaled_size(base, BOX / max(base)), "view": ""}
         self._publish()
+        if error := self.answer.get("error"):  # there is no image to go on from
+            raise InputError(error)
         self.on_msg(self._hear)
 
     # Questions and answers ------------------------------------------------------------------------
