@@ -37,7 +37,8 @@ lab: .venv/.ready  ## open the notebooks in JupyterLab
 		--ContentsManager.hide_globs=outputs --ContentsManager.hide_globs=__pycache__ $(ARGS)
 
 # Each visitor gets a separate process of at most 3 GB, which ends two minutes after the visitor
-# leaves; two are started in advance. An idle one must not occupy a core (OMP_WAIT_POLICY). The extensions left out need a newer JupyterLab.
+# leaves; two are started in advance. An idle one must not occupy a core (OMP_WAIT_POLICY). The
+# extensions left out need a newer JupyterLab.
 page: .venv/.ready  ## serve the explorer as a page without code, for several visitors
 	ulimit -d 3000000; OMP_WAIT_POLICY=PASSIVE PATH="$(CURDIR)/.venv/bin:$$PATH" \
 		$(PY) -m voila notebooks/page.ipynb --preheat_kernel=True --pool_size=2 \

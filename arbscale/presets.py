@@ -92,7 +92,7 @@ class Preset:
         least = 32 if self.lpips_weight else 8 if windows else 0
         if min(self.crop, low, self.image_size) < least:
             sides = self.crop, self.image_size, self.target_sizes
-            raise InputError(f"LPIPS or lattice: crop and sizes from {least} px, got {sides}")
+            raise InputError(f"windows (LPIPS): crop and sizes from {least} px, got {sides}")
         if self.flat > 1:
             raise InputError(f"flat is a share of all crops, from 0 to 1, got {self.flat}")
 

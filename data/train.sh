@@ -2,7 +2,7 @@
 # Trains a family and writes data/FAMILY: this REPLACES the shipped weights. A simpler recipe than
 # the one in the card; neither has been run as a whole.
 #   data/train.sh photos             hours of one CPU thread
-#   PROCESSES=2 data/train.sh cats   days of a CPU; the denoiser in that many processes, on as many cores or GPUs
+#   PROCESSES=2 data/train.sh cats   days of a CPU; that many processes train the denoiser
 #   SCALE=2 data/train.sh cats       that many times the steps
 # ARBSCALE_DATA names the folder of the data: afhq_cats (`python -m arbscale download afhq`; a copy
 # at 256 px, afhq_cats256, loads faster), or sr, any photographs. ARBSCALE_WEIGHTS names the folder

@@ -373,7 +373,10 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     torch.save({"state_dict": {"a": 1}}, "numbers.ckpt")
     Path("damaged.ckpt").write_bytes(b"damaged")
     Path("damaged.safetensors").write_bytes(b"damaged")
-    for name in ("numbers.ckpt", "damaged.ckpt", "damaged.safetensors"):
+    Path("empty.ckpt").touch()
+    Path("cut.ckpt").write_bytes(Path("numbers.ckpt").read_bytes()[:-100])  # a zip without its end
+    names = "numbers.ckpt", "damaged.ckpt", "damaged.safetensors", "empty.ckpt", "cut.ckpt"
+    for name in names:
         with pytest.raises(ValueError, match=name):
             compat.read_checkpoint(Path(name))
 

@@ -128,9 +128,11 @@ def test_a_part_that_is_unknown_is_named(field):
         dataclasses.replace(presets.tiny(), **{field: "sparse"})
 
 
-def test_a_weight_of_windows_needs_windows():
+@pytest.mark.parametrize("crop", [0, 1, 4])
+@pytest.mark.parametrize("weight", ["lattice_weight", "adversarial_weight"])
+def test_a_weight_of_windows_needs_windows(weight, crop):
     with pytest.raises(ValueError, match="crop"):
-        dataclasses.replace(presets.tiny(), lattice_weight=1.0)
+        dataclasses.replace(presets.tiny(), crop=crop, **{weight: 1.0})
 
 
 def test_the_options_of_the_tiny_encoder_and_the_interpolated_head_arrive():

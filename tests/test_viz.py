@@ -72,6 +72,19 @@ def test_show_scales_fills_equal_boxes_and_writes_sizes(drawn):
     assert count(array, (255, 0, 0)) % 3 == 0 and "16 × 16, 37 × 37, 400 × 400" in text
 
 
+def test_an_image_enlarged_by_a_fraction_has_pixels_of_equal_size(drawn):
+    viz.show_scales([torch.eye(37).expand(3, -1, -1)])
+    array, _ = drawn[0]
+    box = array[: array.shape[0] - 18, viz.GAP : -viz.GAP].astype(float)  # without the size
+    bright = box.mean(axis=(0, 2))  # of each column: one pixel of 37
+    assert bright.std() < 0.02 * bright.mean()
+
+
+def test_a_label_that_fits_nowhere_is_cut_to_nothing_but_dots():
+    sheet = viz.contact_sheet([(RED.expand(3, 4, 4), "10")], box=4)
+    assert sheet.width == 4 + 2 * viz.GAP
+
+
 def test_zoom_strip_shows_the_same_part_of_every_size(drawn):
     large, small = picture(100, 60, 1.0), picture(50, 30, 1.0)
     large[:, 50:70, 30:45] = RED

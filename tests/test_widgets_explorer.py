@@ -175,6 +175,11 @@ def test_what_is_missing_is_said(model, enlarger, options):
         ScaleExplorer(enlarger)
 
 
+def test_a_scale_that_cannot_be_shown_is_refused_at_once(model):
+    with pytest.raises(ValueError, match=r"\d x \d"):
+        ScaleExplorer(model, steps=2, scale=10_000_000)
+
+
 # Work ---------------------------------------------------------------------------------------------
 
 
