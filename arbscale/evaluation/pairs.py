@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -98,13 +98,15 @@ def upscaling_rows(
     `precision` is that of ours, as in `model.upscale`.
     """
     low, high = rule.pair(image, scale, index)
-    factor = model.preset.image_size // model.preset.low_size
-    given = resize(high, (low.shape[1] * factor, low.shape[2] * factor))[None]
+    factor, zoom = model.first_stage.factor, model.zoom
+    given = resize(high, tuple(factor * max(1, round(n * zoom)) for n in low.shape[-2:]))[None]
     size = tuple(high.shape[-2:])
 
     def encoded(span: Tile) -> Tensor:
-        sides = (factor * n for n in astuple(span))  # in pixels of the encoder's input
-        return model.first_stage.encode(Tile(*sides).cut(given).to(model.device))
+        _, rows, columns = span.latent(zoom)
+        sides = rows.start, columns.start, rows.stop, columns.stop, 0, 0, round(span.border * zoom)
+        part = Tile(*(factor * n for n in sides)).cut(given)  # pixels of the encoder's input
+        return model.first_stage.encode(part.to(model.device))
 
     encodings = ((span, encoded(span)) for span in model.tiles(low.shape[-2:]))
     bicubic = resize(low, size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,6 +82,28 @@ def test_upscaling_has_its_baselines(models):
     assert not torch.equal(ceiling, expected)
     again = back_project(ceiling, low).clamp(-1, 1)
     assert (again - ceiling).abs().mean() < 0.02  # it agrees with its input already
+
+
+@pytest.mark.parametrize(("image", "low"), [(24, 16), (24, 9), (20, 16)])  # 0.75, 1.33, 0.625
+def test_the_ceiling_lies_where_ours_does_at_any_zoom(image, low):
+    """A first stage that gives its input back shows by how much the ceiling is displaced."""
+    preset = dataclasses.replace(presets.tiny(low), image_size=image)
+    model = ArbitraryScaleModel(preset).eval()
+    seen = []
+    model.first_stage.encode = lambda x: seen.append(x) or x[..., ::2, ::2]
+    model.upscale = lambda given, size, **options: torch.zeros(3, *size)
+    model.paint = lambda given, size, encodings: list(encodings)[0][1][0]
+    tall = torch.linspace(-1, 1, 120)[:, None].expand(3, -1, 90)  # a ramp: it says its own place
+    rows = upscaling_rows(model, tall, 2, WHOLE, Sampling(1, "dpm_solver_pp", 0))
+    span = model.tiles((60, 45))[0]
+    place = span.latent(model.zoom)
+    assert seen[0].shape[-2:] == tuple(2 * (s.stop - s.start) for s in place[1:])
+    found = rows["first stage (ceiling)"][0].mean((0, 2))  # by latent row
+    pixels = (torch.arange(len(found)) + 0.5) / model.zoom - span.border  # in the input's
+    wanted = (2 * pixels / 60 - 1).clamp(-1, 1)
+    inside = (pixels > 3) & (pixels < 57)
+    assert inside.sum() > 20
+    assert (found - wanted)[inside].abs().max() < 2 / 60 * (1 + 1 / model.zoom)
 
 
 def test_score_is_the_metrics_with_border_and_space():
