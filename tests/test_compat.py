@@ -241,6 +241,7 @@ def check_outputs(model, config, tensors):
         torch.testing.assert_close(decoded, tensors[f"decoded_{size}"], **close)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
 @pytest.mark.parametrize("ema", [False, True])
 @torch.no_grad()
@@ -260,6 +261,7 @@ def test_a_released_checkpoint_becomes_a_folder(golden, convert, name, ema):
     assert model.upscale(tensors["lr_image"][0], 3.7, steps=1).shape == (3, 30, 30)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_released_first_stage_becomes_a_folder(golden, convert):
     config, state, _, tensors = golden
@@ -429,6 +431,7 @@ def test_attention_by_factor_and_by_size(golden):
     assert with_attention == [s in config["ddconfig"]["attn_resolutions"] for s in sizes]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_tiny_nets_are_diffusers():
     """The same random weights give the same latents and images as `AutoencoderTiny`."""

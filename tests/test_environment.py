@@ -204,6 +204,7 @@ def wheel(tmp_path_factory) -> Path:
     return next(folder.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_the_wheel_carries_the_package_and_its_weights(wheel):
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "arbscale").rglob("*.*")}
     code = {name for name in code if name.endswith((".py", ".js", ".css", ".html"))}

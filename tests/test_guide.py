@@ -127,6 +127,7 @@ def test_the_command_joins_two_models(folders):
             torch.testing.assert_close(p, q, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["transformer", "prediction", "scale", "schedule"])
 def test_what_cannot_guide_is_refused(folders, capsys, case):
     changes = {
@@ -143,6 +144,7 @@ def test_what_cannot_guide_is_refused(folders, capsys, case):
     assert not (folders / "c").exists()
 
 
+@pytest.mark.slow
 def test_training_on_leaves_the_guide_alone(with_guide, tmp_path):
     with_guide.save(tmp_path / "start")
     words = ["train", "tiny", "--start", str(tmp_path / "start"), "--steps", "0", "0", "2", "0"]

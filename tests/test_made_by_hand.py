@@ -135,6 +135,7 @@ READERS = [read_preset, read_manifest, read_record, read_run, read_latents, read
 READERS.append(pytest.param(read_published, marks=pytest.mark.slow))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("reader", READERS, ids=lambda f: f.__name__)
 def test_what_a_file_should_not_hold_is_refused(reader, tmp_path):

@@ -21,6 +21,7 @@ def gradient(height=12, width=16):
     return np.linspace(0, 255, height * width).reshape(height, width).astype("uint8")
 
 
+@pytest.mark.slow
 def test_demo_writes_a_contact_sheet(run, tmp_path):
     assert run("demo")[0] == 0
     with Image.open(tmp_path / "outputs/demo.png") as sheet:
@@ -56,6 +57,7 @@ def test_generate_writes_large_tiff_files_in_bands(run, tmp_path, monkeypatch):
             assert abs(np.asarray(image) - whole).max() <= 1  # rounding
 
 
+@pytest.mark.slow
 def test_upscale_writes_large_tiff_files_in_bands_and_resumes(run, tmp_path, monkeypatch):
     Image.fromarray(gradient(23, 31)).convert("RGB").save(tmp_path / "in.png")
     words = ("upscale", "in.png", "--scale", 2, "--steps", 1, "-o", "a.tif")
@@ -82,6 +84,7 @@ def test_upscale_writes_large_tiff_files_in_bands_and_resumes(run, tmp_path, mon
     assert run(*words)[0] == 0  # a whole file is left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "I;16"])
 def test_upscale_takes_a_users_file(run, tmp_path, mode):
     picture = Image.fromarray(gradient().astype("uint16") * 257) if mode == "I;16" else None
@@ -110,6 +113,7 @@ def test_upscale_says_what_it_converts_and_keeps_exif(run, tmp_path, capsys, mon
         assert out.size == (31, 9) and out.quantization[0][0] < coarse[0][0]
 
 
+@pytest.mark.slow
 def test_upscale_takes_a_folder_and_resumes(run, tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     for i, name in enumerate(("a.png", "b.jpg", "c.png")):
@@ -281,6 +285,7 @@ def report_of(path):
     return report
 
 
+@pytest.mark.slow
 def test_evaluate_writes_json_with_its_protocol(run, tmp_path, offline):
     words = ("--scales", 2, "-n", 1, "-o", "results/a.json")
     assert run("evaluate", "scenes", *words)[0] == 0
@@ -377,6 +382,7 @@ def test_bench_and_table(run, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count(printed.strip()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["generator", "super-resolver"])
 def test_train_writes_a_model_that_loads(run, tmp_path, monkeypatch, name):
     low_size = 8 if name == "super-resolver" else None

@@ -112,6 +112,7 @@ def test_printing_never_stops_work(run, tmp_path, monkeypatch, encoding):
         assert b"| 1.00 | 0.5000 |" in printed.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "place"),
     [
@@ -163,6 +164,7 @@ def test_ctrl_c_in_a_folder_says_how_it_resumes(run, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.glob("out/*.png")) == ["a.png"]
 
 
+@pytest.mark.slow
 def test_many_images_come_batch_by_batch(run, tmp_path, monkeypatch):
     words = ("generate", "-n", 5, "--size", 16, "--steps", 2)
     assert run(*words, "-o", "at-once.png")[0] == 0

@@ -307,6 +307,7 @@ def test_a_batch_of_none_is_refused(upscaler):
         upscaler.upscale(torch.zeros(0, 3, 9, 7), scale=2)
 
 
+@pytest.mark.slow
 def test_injected_noise_has_a_stream_of_its_own(upscaler, monkeypatch):
     """It is not that of the start, whatever the seed."""
     drawn, original = [], torch.randn
@@ -418,6 +419,7 @@ def test_tiles_leave_no_trace(from_condition, scale):
     assert (tiled - whole).abs().max() < spread
 
 
+@pytest.mark.slow
 def test_every_part_sees_a_tile_at_most():
     """What a picture needs beyond its own pixels does not grow with it."""
     model = build(8)

@@ -62,6 +62,7 @@ def briefly(stage, steps, *more):
     return optimise(stage, min(steps, STEPS), *more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cells", "solution"), list(solutions()))
 def test_a_solution_runs(cells, solution, monkeypatch, tmp_path):
     """What the cells assert of a training is left to the notebook's own run."""

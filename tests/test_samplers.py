@@ -71,6 +71,7 @@ def reference(name, n, **options):
 # --- against diffusers ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("to_one", [True, False])
 def test_ddim_agrees_with_diffusers(eta, to_one):
@@ -94,6 +95,7 @@ def test_ddim_agrees_with_diffusers(eta, to_one):
     torch.testing.assert_close(ours, z, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1000, 50, 8])
 def test_ddpm_agrees_with_diffusers(n):
     """Diffusers draws no noise at t = 0 alone, so the steps end there."""
@@ -112,6 +114,7 @@ def test_ddpm_agrees_with_diffusers(n):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
 @pytest.mark.parametrize("n", [1, 2, 8, 14, 15, 20, 50])
 def test_dpm_solver_pp_agrees_with_diffusers(n, spacing):
@@ -129,6 +132,7 @@ def test_dpm_solver_pp_agrees_with_diffusers(n, spacing):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [10, 20])
 def test_dpm_solver_pp_to_some_noise_agrees_with_diffusers(n):
     """The last step to a finite lambda is of second order, unless there are few steps."""
@@ -187,6 +191,7 @@ def test_deterministic_samplers_reach_the_clean_gaussian():
     assert error(dpm_solver_pp, quadratic) < error(ddim, quadratic) / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "options"),
     [(ddpm, {}), (ddim, {"eta": 1.0}), (ddim, {"eta": 0.5}), (sde_dpm_solver_pp, {})],

@@ -157,6 +157,7 @@ def test_a_grid_inside_the_window_is_read_as_a_whole():
     assert (attend(q, k, v, (5, 6), 5) - expected).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_windows_are_differentiable():
     q, k, v = (noise(1, 1, 24, 4, seed=i).double().requires_grad_() for i in range(3))
     assert torch.autograd.gradcheck(lambda *x: attend(*x, (4, 6), 3), (q, k, v))

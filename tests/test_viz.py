@@ -56,6 +56,7 @@ def test_small_images_grow_by_a_whole_factor_and_others_keep_their_pixels(drawn,
     assert count(drawn[0][0], (255, 0, 0)) == 2 * shown**2
 
 
+@pytest.mark.slow
 def test_no_row_is_wider_than_the_page(drawn):
     viz.show(torch.zeros(7, 3, 237, 237))
     viz.show(torch.zeros(1, 3, 10, 2000))
@@ -106,6 +107,7 @@ def test_a_plot_is_described_by_its_labels(drawn):
     assert drawn[0][1] == "plot: t and loss, step, a curve"
 
 
+@pytest.mark.slow
 def test_the_pipeline_shows_what_is_asked_for(drawn):
     viz.pipeline()
     viz.pipeline("decoder", "liif")

@@ -161,6 +161,7 @@ def test_what_is_no_photograph_is_refused_by_its_name(content):
     assert "folder" not in str(caught.value) and "/tmp" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_bomb_is_refused():
     buffer = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(buffer, "png")

@@ -332,6 +332,7 @@ def test_a_repeated_name_and_a_bomb(tmp_path, monkeypatch):
     assert left(tmp_path) == ["set.zip"]
 
 
+@pytest.mark.slow
 def test_every_archive_with_a_flipped_bit_is_whole_or_refused(tmp_path):
     generator = np.random.default_rng(0)
     refused = 0

@@ -62,6 +62,7 @@ def test_the_first_scenes_stay_what_they_were():
     torch.testing.assert_close(means, expected, atol=2e-3, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 33, 64, 100])
 def test_a_size_is_the_reduction_of_four_times_that_size(size):
     scenes = sample_scenes(48)

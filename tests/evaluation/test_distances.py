@@ -105,6 +105,7 @@ def test_precision_recall_by_hand():
     assert precision_recall(real, generated, k=1) == (1.0, 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [3, 5])
 def test_precision_recall_agrees_with_prdc_and_torch_fidelity(k):
     prdc = pytest.importorskip("prdc")

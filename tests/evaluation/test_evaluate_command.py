@@ -75,6 +75,7 @@ def test_pieces_outlive_other_versions_and_machines(tiny, tmp_path, capsys):
     assert first.folder.is_dir()
 
 
+@pytest.mark.slow
 def test_generation_takes_as_many_images_as_every_row_can_have(tiny, tmp_path, monkeypatch, capsys):
     """Real sets of 12 and of 9 images: each row of a table compares equal numbers."""
     monkeypatch.setenv("ARBSCALE_CACHE", str(tmp_path / "cache"))

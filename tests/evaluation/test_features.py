@@ -45,6 +45,7 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
 
 
+@pytest.mark.slow
 def test_encoder_features_are_means_over_quarters():
     network = extractor("encoder")
     images = pictures(5, 128)

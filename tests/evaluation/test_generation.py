@@ -137,6 +137,7 @@ def test_fewer_real_images_than_generated_ones_have_no_rows(job, capsys):
     assert [(row["method"], row["pictures"]) for row in rows] == [(OURS, 22)]
 
 
+@pytest.mark.slow
 def test_sizes_without_real_pictures_have_no_distance(job, tmp_path, capsys):
     images = [torch.rand(3, 36, 44) * 2 - 1 for _ in range(9)]
     job = dataclasses.replace(
@@ -189,6 +190,7 @@ def test_jobs_that_cannot_be_done(job):
         sets.check(few, True)
 
 
+@pytest.mark.slow
 def test_inception_goes_with_vgg16(job):
     seen = sets.protocol(dataclasses.replace(job, features="inception"))
     assert seen["distance over"].startswith("inception")

@@ -51,6 +51,7 @@ def test_each_loss_teaches_its_own_network():
     assert all(p.grad is not None for p in judge.parameters())
 
 
+@pytest.mark.slow
 def test_the_discriminator_tells_smooth_from_rough():
     torch.manual_seed(0)
     judge, scale = PatchDiscriminator(), torch.tensor(0.0)
@@ -75,6 +76,7 @@ def test_its_opinion_counts_less_beyond_twice_what_the_encoder_sees(monkeypatch,
     assert losses[1] - losses[0] == pytest.approx(2 * 0.5 * share, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_stage_trains_both_and_resumes(tmp_path):
     ends = []
     for stops in ([4], [2, 4]):
@@ -125,6 +127,7 @@ def two(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_weights_are_interpolated(two):
     words = ["blend", str(two / "0"), str(two / "1"), "--share", "0.25", "-o", str(two / "c")]
     assert main(words) == 0

@@ -209,6 +209,7 @@ def test_the_licence_of_the_folder_that_one_stands_in(tmp_path, monkeypatch):
 # Runs ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_run_folder_and_the_weights(run, tmp_path):
     assert run("small --pool 8 --steps 2 2 2 2 -o mine --log-every 1")[0] == 0
     folder = tmp_path / "runs" / "mine"
@@ -247,6 +248,7 @@ def test_a_stopped_run_is_resumed(run, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_the_images_are_compared_wherever_they_are(run, tmp_path):
     for k in range(6):
         image = Image.effect_noise((24, 24), 10 * k + 10)
@@ -321,6 +323,7 @@ def test_folder_and_output_are_locked(run, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "runs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932"])
 def test_a_terminal_that_cannot_show_a_name(run, tmp_path, monkeypatch, encoding):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
@@ -347,6 +350,7 @@ def test_one_command_a_stage(run, tmp_path):
     assert status == 2 and "weights of first" in text
 
 
+@pytest.mark.slow
 def test_a_teacher_gives_its_weights_or_its_latents(run, tmp_path, monkeypatch):
     preset = replace(presets.tiny(), **SMALL, encoder="tiny", tiny_channels=8, latent_channels=4)
     monkeypatch.setitem(presets.PRESETS, "taught", lambda: preset)

@@ -108,6 +108,7 @@ def test_parts_of_a_batch_are_parts_of_the_whole():
         assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_in_the_same_weights(tmp_path, monkeypatch):
     whole, resumed = build(), build()
     train_first_stage(whole, SOURCE, 0, 6, resampled=0.5)

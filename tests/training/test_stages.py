@@ -152,6 +152,7 @@ def test_photo_source():
 # Each stage learns --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_autoencoder_learns():
     torch.manual_seed(0)
     preset = shrunken()
@@ -160,6 +161,7 @@ def test_autoencoder_learns():
     assert len(losses) == 40 and falls(losses, 0.75)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [12, 18])
 def test_a_student_learns_its_teachers_latents(width):
     torch.manual_seed(0)
@@ -175,6 +177,7 @@ def test_a_student_learns_its_teachers_latents(width):
         assert not torch.equal(student(image), teacher(image))
 
 
+@pytest.mark.slow
 def test_decoder_learns_and_the_encoder_is_frozen():
     model = build()
     before, other = state(model.first_stage.encoder), state(model.first_stage.liif)
@@ -235,6 +238,7 @@ def alignment_error(model: ArbitraryScaleModel) -> float:
     return sum(term.mean().item() for term in terms)
 
 
+@pytest.mark.slow
 def test_alignment_learns_and_the_decoder_is_frozen():
     model = build(alignment_lr=1e-3)
     train_decoder(model.first_stage, SOURCE, model.preset, steps=10)
@@ -285,6 +289,7 @@ def all_stages(seed: int) -> ArbitraryScaleModel:
     return model
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights():
     one, again, other = all_stages(0), all_stages(0), all_stages(1)
     assert same(state(one), state(again)) and one.scale_factor == again.scale_factor
@@ -373,6 +378,7 @@ def test_each_whole_image_is_encoded_once_with_its_mirror_image(pool):
 # Options of the losses ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop", [0, 6, 100])
 def test_windows_are_neighbouring_pixels(crop):
     """Of each picture its own, at most the whole of it."""
@@ -424,6 +430,7 @@ def test_v_is_another_reading_of_the_same_network():
     torch.testing.assert_close(stage(z0, t, noise), expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_v_learns_and_samples():
     model = build(prediction="v")
     assert falls(train_diffusion(model, SOURCE, steps=50, pool=64), 0.9)
@@ -466,6 +473,7 @@ def test_the_lattice_enters_the_decoders_loss_with_its_weight(monkeypatch):
 # What a run changes, and what it must not ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cached_pool_trains_the_same(tmp_path):
     ends = []
     for run in (
@@ -479,6 +487,7 @@ def test_a_cached_pool_trains_the_same(tmp_path):
     assert (tmp_path / "z" / "record.json").is_file()
 
 
+@pytest.mark.slow
 def test_memory_is_saved_without_a_change():
     ends = []
     for run in (None, Run(checkpointing=True), Run(accumulation=4)):
@@ -500,6 +509,7 @@ def test_other_arithmetic_learns_as_well(options):
     assert all(p.is_contiguous() and p.dtype == torch.float32 for p in other.parameters())
 
 
+@pytest.mark.slow
 def test_previews_of_every_stage():
     for low_size in (None, 4):
         model = build(low_size)
