@@ -74,8 +74,8 @@ class _Head(nn.Module):
                 torch.cat([self._paint_grid(table, band, part) for part in _split(cols, across)], 1)
                 for band in _split(rows, down)
             ]
-            images.append(torch.cat(bands))  # (H, W, 3)
-        return torch.stack(images).permute(0, 3, 1, 2).contiguous()
+            images.append(torch.cat([band.permute(2, 0, 1) for band in bands], 1))  # (3, H, W)
+        return torch.stack(images) if len(images) > 1 else images[0][None]
 
     def render(self, features: Tensor, size: int | Size, window: Window | None = None) -> Tensor:
         """Paint an image of any `size`, or a window of it, in blocks of bounded memory.
@@ -167,6 +167,8 @@ class LIIF(_Head):
             hidden = torch.addmm(hidden, offset.flatten(0, -2), to_offset)
             for layer in self.layers[1:]:
                 hidden = layer(hidden.relu_())
+            if not self.local_ensemble:
+                return hidden
             opposite = ((dy[i - 1] * dx[j - 1]).abs() + 1e-9).view(-1, 1).to(hidden)  # (N, 1)
             rgb = rgb + hidden * opposite
             total = total + opposite

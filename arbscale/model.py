@@ -17,9 +17,9 @@ from arbscale import presets, store
 from arbscale.coords import Size, Window, check_size, same_area, scaled_size
 from arbscale.diffusion import Denoiser, guided, noise_of
 from arbscale.presets import Preset
-from arbscale.samplers import UPSCALING, Callback, Sampling, streams
+from arbscale.samplers import UPSCALING, Callback, Sampling, noise_field, streams
 from arbscale.store import InputError, StateError
-from arbscale.tiles import BAND, Tile, as_floats, bands, blend, blended, noise_field, paint, tiles
+from arbscale.tiles import BAND, Tile, as_floats, bands, blend, blended, paint, tiles
 from arbscale.unet import computing, limit_attention, pick_precision, unfilled
 
 OVERLAP = 12  # input pixels that neighbouring tiles share, at most a quarter of a tile
@@ -48,6 +48,8 @@ class ArbitraryScaleModel(nn.Module):
         if preset.low_size:  # a photograph may be far larger than the training's crops
             for part in self.children():
                 limit_attention(part, 2 * preset.latent_size)
+            for i, level in enumerate(getattr(self.first_stage.encoder, "levels", ())):
+                limit_attention(level, 2 * preset.image_size >> i)
         self.scale_factor = _positive(scale_factor)
         self.manifest = manifest or {}
 
@@ -203,7 +205,7 @@ class ArbitraryScaleModel(nn.Module):
             yield from ((span, z[span.latent(self.zoom)]) for span in spans)
 
         if to:
-            how = vars(sampling), list(map(vars, spans)), str(dtype)
+            how = vars(sampling), list(map(vars, spans)), str(dtype), self._facts()
             painted = partial(bands, self.first_stage, low, size, latents(), dtype)
             return write_tiff(to, size, store.content_key(low, how, module=self), painted)
         kind = torch.float32 if keep_float else torch.uint8
@@ -217,8 +219,9 @@ class ArbitraryScaleModel(nn.Module):
         """
         p = self.preset
         wide = 4 * p.channels * p.image_size**2 / p.low_size**2  # bytes per pixel of the input
-        side = side or max(2 * p.low_size, math.isqrt(int(LARGEST / wide)))
-        return list(tiles(size, side, min(OVERLAP, side // 4), math.ceil(BORDER / self.zoom)))
+        side = max(2 * p.low_size, math.isqrt(int(LARGEST / wide))) if side is None else side
+        overlap = max(0, min(OVERLAP, side // 4))
+        return list(tiles(size, side, overlap, math.ceil(BORDER / self.zoom)))
 
     @property
     def zoom(self) -> float:
@@ -278,7 +281,7 @@ class ArbitraryScaleModel(nn.Module):
     def decode(self, z: Tensor, size: int | Size, window: Window | None = None) -> Tensor:
         """Unscaled latents (B, c, h, w) -> images (B, 3, H, W) in [-1, 1], or a window."""
         self._check_precision()
-        return self.first_stage.decode(z, size, window).clamp(-1, 1)
+        return self.first_stage.decode(z, size, window).clamp_(-1, 1)
 
     @torch.no_grad()
     def render_to(self, path: str | Path, z: Tensor, size: int | Size) -> None:
@@ -301,7 +304,8 @@ class ArbitraryScaleModel(nn.Module):
                 window = (top, 0, min(step, height - top), width)
                 yield self.first_stage.render(features, size, window)[0]
 
-        write_tiff(path, size, store.content_key(size, z, module=self.first_stage), rendered)
+        key = store.content_key(size, z, self._facts(), module=self.first_stage)
+        write_tiff(path, size, key, rendered)
 
     def latent_grid(self, size: Size) -> Size:
         """Return the latent grid (h, w) for an image's aspect ratio, at about the trained area."""
@@ -347,10 +351,13 @@ class ArbitraryScaleModel(nn.Module):
         z = sampling.run(denoise, z, self.schedule, None, callback, first, drawn or streams(noise))
         return z / self.scale_factor
 
+    def _facts(self) -> dict:
+        """Return what decides the images beside the weights, as JSON."""
+        return {"preset": self.preset.to_dict(), "scale_factor": _positive(self.scale_factor)}
+
     def save(self, path: str | Path, half: bool = False) -> None:
         """Write weights and manifest into the folder `path`; `half` stores float16."""
-        numbers = {"preset": self.preset.to_dict(), "scale_factor": _positive(self.scale_factor)}
-        store.save(path, self.state_dict(), {**self.manifest, **numbers}, half)
+        store.save(path, self.state_dict(), {**self.manifest, **self._facts()}, half)
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> ArbitraryScaleModel:

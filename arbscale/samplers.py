@@ -32,11 +32,14 @@ from operator import index
 import torch
 from torch import Tensor
 
+from arbscale.coords import Size
 from arbscale.diffusion import Denoiser, NoiseSchedule
 from arbscale.store import InputError
 
 Callback = Callable[[int, Tensor, Tensor], None]
 """`callback(i, z_t, z_0)` after step i = 0, 1, ...: the latents it led to, its estimate of z_0."""
+
+NOISE_BLOCK = 32  # latent pixels per side that share one stream of random numbers
 
 Timesteps = int | Sequence[int]
 """A number of steps, or the steps themselves, strictly decreasing."""
@@ -244,8 +247,10 @@ class Sampling:
         """Raise ValueError for a seed that no generator takes, and a guidance that is no number."""
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise InputError(f"guidance is a finite number, 1 for no guide, got {self.guidance}")
-        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
+        whole = hasattr(self.seed, "__index__") and not isinstance(self.seed, bool)
+        if not whole or not -(2**63) <= index(self.seed) < 2**64:
             raise InputError(f"a seed is an integer from -2**63 to 2**64 - 1, got {self.seed!r}")
+        object.__setattr__(self, "seed", index(self.seed))  # NumPy's are no JSON
 
     def generator(self) -> torch.Generator:
         """Return a fresh generator on the CPU."""
@@ -289,6 +294,27 @@ def streams(start: Tensor) -> Callable[[int], Tensor]:
     seeds = [int.from_bytes(digest[:8], "big") >> 1 for digest in digests]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return lambda t: torch.stack([torch.randn(start.shape[1:], generator=g) for g in generators])
+
+
+def noise_field(seed: int, channels: int, corner: Size, size: Size) -> Tensor:
+    """Cut a window (channels, h, w) from an endless field of normal noise that `seed` names.
+
+    Each block of the field has its own stream, so a window costs no more wherever it lies.
+    """
+    rows, cols = (
+        range(start // NOISE_BLOCK, (start + n - 1) // NOISE_BLOCK + 1)
+        for start, n in zip(corner, size, strict=True)
+    )
+    blocks = [[_noise_block(seed, channels, row, col) for col in cols] for row in rows]
+    field = torch.cat([torch.cat(row, dim=2) for row in blocks], dim=1)
+    top, left = corner[0] - rows[0] * NOISE_BLOCK, corner[1] - cols[0] * NOISE_BLOCK
+    return field[:, top : top + size[0], left : left + size[1]]
+
+
+def _noise_block(seed: int, channels: int, row: int, col: int) -> Tensor:
+    mixed = (seed * 1_000_003 + row) * 1_000_003 + col  # any mixing does: the generator scrambles
+    generator = torch.Generator().manual_seed(mixed % 2**63)
+    return torch.randn(channels, NOISE_BLOCK, NOISE_BLOCK, generator=generator)
 
 
 def _eps(denoise: Denoiser, z: Tensor, t: int) -> Tensor:

@@ -35,12 +35,11 @@ Axes = tuple[Window, Tensor, Tensor, Tensor]
 and of its columns (W,), and their cell (2,) in the tile's units."""
 
 BAND = 250_000  # pixels that are painted at a time
-NOISE_BLOCK = 32  # latent pixels per side that share one stream of random numbers
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangle of the input, and how far it overlaps the tiles above and to its left.
+    """A rectangle of the input, and how far it overlaps the tiles above, to its left and right.
 
     Rows and columns are counted from `border` pixels outside the input, which is continued there by
     its outermost pixels.
@@ -52,6 +51,7 @@ class Tile:
     right: int
     over_top: int
     over_left: int
+    over_right: int
     border: int = 0
 
     def cut(self, image: Tensor) -> Tensor:
@@ -101,20 +101,18 @@ def tiles(size: Size, side: int, overlap: int, border: int = 0) -> Iterator[Tile
     if not 0 <= overlap < side:
         raise InputError(f"a tile of {side} px cannot overlap by {overlap} px; take a larger tile")
     rows, cols = (_spans(n + 2 * border, side, overlap) for n in size)
-    for (top, bottom, over_top), (left, right, over_left) in itertools.product(rows, cols):
-        yield Tile(top, left, bottom, right, over_top, over_left, border)
+    for (top, bottom, over_top, _), (left, right, *over) in itertools.product(rows, cols):
+        yield Tile(top, left, bottom, right, over_top, *over, border)
 
 
-def _spans(n: int, side: int, overlap: int) -> list[tuple[int, int, int]]:
-    """Return evenly spread (start, end, overlap with the one before): few, then short."""
+def _spans(n: int, side: int, overlap: int) -> list[tuple[int, int, int, int]]:
+    """Return evenly spread (start, end, overlap before, overlap after): few, then short."""
     count = max(1, math.ceil((n - overlap) / (side - overlap)))
     side = math.ceil((n + (count - 1) * overlap) / count)
     starts = [round(i * (n - side) / (count - 1)) for i in range(count)] if count > 1 else [0]
     ends = [min(n, start + side) for start in starts]
-    return [
-        (start, end, ends[i - 1] - start if i else 0)
-        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
-    ]
+    overs = [0, *(end - start for end, start in zip(ends[:-1], starts[1:], strict=True)), 0]
+    return list(zip(starts, ends, overs[:-1], overs[1:], strict=True))
 
 
 def blend(parts: Iterable[tuple[Place, Tensor]], like: Tensor) -> Tensor:
@@ -156,27 +154,6 @@ def _tent(n: int, like: Tensor) -> Tensor:
     return torch.minimum(position, n - position)
 
 
-def noise_field(seed: int, channels: int, corner: Size, size: Size) -> Tensor:
-    """Cut a window (channels, h, w) from an endless field of normal noise that `seed` names.
-
-    Each block of the field has its own stream, so a window costs no more wherever it lies.
-    """
-    rows, cols = (
-        range(start // NOISE_BLOCK, (start + n - 1) // NOISE_BLOCK + 1)
-        for start, n in zip(corner, size, strict=True)
-    )
-    blocks = [[_noise_block(seed, channels, row, col) for col in cols] for row in rows]
-    field = torch.cat([torch.cat(row, dim=2) for row in blocks], dim=1)
-    top, left = corner[0] - rows[0] * NOISE_BLOCK, corner[1] - cols[0] * NOISE_BLOCK
-    return field[:, top : top + size[0], left : left + size[1]]
-
-
-def _noise_block(seed: int, channels: int, row: int, col: int) -> Tensor:
-    mixed = (seed * 1_000_003 + row) * 1_000_003 + col  # any mixing does: the generator scrambles
-    generator = torch.Generator().manual_seed(mixed % 2**63)
-    return torch.randn(channels, NOISE_BLOCK, NOISE_BLOCK, generator=generator)
-
-
 def paint(
     first_stage: FirstStage,
     low: Tensor,
@@ -209,7 +186,8 @@ def bands(
     """Decode overlapping tiles' latents into one image that agrees with `low`, from `row` down.
 
     Yields bands (3, rows, width) in [-1, 1] of about `BAND` pixels, on the device of `low`. The
-    memory holds the features of a few rows of tiles, and a few input rows' worth of the image.
+    memory holds the features of a few rows of tiles, and a few input rows' worth of the image. An
+    image with a side below the input's is the average of a larger one.
 
     Parameters
     ----------
@@ -225,8 +203,11 @@ def bands(
         Rows of the image above it are left out.
 
     """
-    n, corrected = low.shape[-2], _enlarges(size, low.shape[-2:])
-    first = _depends(n, size[0], row, row + 1)[-1][0] if corrected else row
+    if (n := reduction(size, low.shape[-2:])) > 1:
+        larger = bands(first_stage, low, (n * size[0], n * size[1]), latents, dtype, n * row)
+        yield from _averaged(larger, n)
+        return
+    n, first = low.shape[-2], _depends(low.shape[-2], size[0], row, row + 1)[-1][0]
     above = (first + 0.5) * n / size[0]  # in rows of the input
     below = (part for part in latents if part[0].bottom - part[0].border > above)
 
@@ -236,8 +217,24 @@ def bands(
 
     decoded = ((tile, features(z)) for tile, z in below)
     found = _painted(first_stage.liif, low, size, decoded, first)
-    for band in _back_projected(found, low, size, row, first) if corrected else found:
+    for band in _back_projected(found, low, size, row, first):
         yield band.clamp(-1, 1)
+
+
+def reduction(size: Size, low_size: Size) -> int:
+    """Return the least n with which `n * size` reaches the input's size along both axes."""
+    return max(math.ceil(low / side) for side, low in zip(size, low_size, strict=True))
+
+
+def _averaged(bands: Iterable[Tensor], n: int) -> Iterator[Tensor]:
+    """Average n x n pixels of an image that comes in bands (3, rows, width)."""
+    waiting: list[Tensor] = []
+    for band in bands:
+        band = torch.cat([*waiting, band], dim=1)
+        whole = band.shape[1] // n * n
+        waiting = [band[:, whole:]]
+        if whole:
+            yield F.avg_pool2d(band[None, :, :whole], n)[0]
 
 
 def _painted(
@@ -280,17 +277,13 @@ def _paint_tile(
         paste(band, rgb, window, y[start:stop], x, tile)
 
 
-def _enlarges(size: Size, low_size: Size) -> bool:
-    return size[0] >= low_size[0] and size[1] >= low_size[1]
-
-
 def back_project(rgb: Tensor, low: Tensor, rounds: int = 2) -> Tensor:
     """Correct an image (3, H, W) so that, reduced, it agrees with its input (3, h, w).
 
     The difference that an antialiased bicubic reduction leaves is enlarged and added, `rounds`
     times. An image smaller than its input is returned as it is. Source: Irani and Peleg 1991.
     """
-    if not _enlarges(rgb.shape[-2:], low.shape[-2:]):
+    if reduction(rgb.shape[-2:], low.shape[-2:]) > 1:
         return rgb
     bicubic = {"mode": "bicubic", "antialias": True}
     for _ in range(rounds):
@@ -379,16 +372,20 @@ def _columns(image: Tensor, width: int) -> Tensor:
 
 
 def paste(out: Tensor, rgb: Tensor, window: Window, y: Tensor, x: Tensor, tile: Tile) -> None:
-    """Lay a tile's pixels (3, h, w) over `out` (3, H, W), in place.
+    """Lay a tile's pixels (3, h, w) over `out` (3, H, W), in place: row by row, left to right.
 
     `window`, `y` and `x` come from `tile.axes`. Across the overlap with the tiles above and to
     the left the new pixels fade in linearly; where those tiles have no pixel, the new ones are laid
-    as they are.
+    as they are. Over the row above they leave room for what the right neighbour will add, so that
+    four tiles meet in their bilinear blend, without a step.
     """
     top, left, height, width = window
-    fade_in_y = _ramp(y, tile.over_top / (tile.bottom - tile.top))
-    fade_in_x = _ramp(x, tile.over_left / (tile.right - tile.left))
-    alpha = (fade_in_y[:, None] * fade_in_x).to(out)  # (h, w)
+    fade_y = _ramp(y, tile.over_top / (tile.bottom - tile.top))[:, None]
+    fade_x, to_come = _ramp(x, tile.over_left / (w := tile.right - tile.left)), torch.zeros_like(x)
+    if tile.over_right:
+        to_come = ((x + 1) / 2 * w - (w - tile.over_right)).div(tile.over_right).clamp(0, 1)
+    shared = fade_y * fade_x * (1 - to_come) / (1 - fade_y * to_come).clamp(1e-6, 1)
+    alpha = torch.where(fade_y < 1, shared, fade_x).to(out)  # (h, w)
     target = out[:, top : top + height, left : left + width]
     target.copy_(torch.where(alpha < 1, target + alpha * (rgb - target), rgb))
 

@@ -13,8 +13,8 @@ import arbscale
 from arbscale import presets
 from arbscale.data.images import to_uint8
 from arbscale.model import ArbitraryScaleModel
-from arbscale.samplers import SAMPLERS, Sampling
-from arbscale.tiles import noise_field, tiles
+from arbscale.samplers import SAMPLERS, Sampling, noise_field
+from arbscale.tiles import tiles
 from arbscale.unet import pick_precision
 
 
@@ -593,3 +593,27 @@ def test_paint_decodes_tile_by_tile_what_the_whole_decodes_at_once():
     one, many = paint(64), paint(12)
     assert one.shape == (3, 50, 70)
     assert (one - many).abs().max() < 0.05
+
+
+def test_a_file_that_other_settings_made_is_written_anew(tmp_path):
+    torch.manual_seed(0)
+    model = ArbitraryScaleModel(presets.tiny(8)).eval()
+    low, path = torch.rand(3, 8, 8) * 2 - 1, tmp_path / "x.tif"
+    model.upscale(low, 2, to=path)
+    written = path.stat().st_ino
+    model.upscale(low, 2, to=path)
+    assert path.stat().st_ino == written  # it is whole
+    model.scale_factor *= 2
+    model.upscale(low, 2, to=path)
+    assert path.stat().st_ino != written
+    with pytest.raises(ValueError, match="x.png"):
+        model.upscale(low, 2, to=tmp_path / "x.png")
+
+
+def test_no_attention_reads_less_than_in_training():
+    fields = {"multipliers": (1, 1, 1), "encoder_attention_levels": (0, 1)}
+    model = ArbitraryScaleModel(dataclasses.replace(presets.tiny(16), **fields))
+    levels = model.first_stage.encoder.levels
+    found = [{m.window for m in level.modules() if hasattr(m, "window")} for level in levels]
+    assert found == [{64}, {32}, set()]  # of grids of 32 and 16
+    assert model.first_stage.encoder.middle[1].window == 16

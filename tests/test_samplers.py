@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -393,3 +394,11 @@ def test_sampling_takes_the_grid_that_suits_its_sampler(name, power):
     grid = spaced_timesteps(1000, 6, power)
     expected = SAMPLERS[name](toy, start(), SCHEDULE, grid, generator=seeded(3))
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+def test_a_seed_of_numpys_is_an_integer():
+    sampling = Sampling(seed=np.int64(3))
+    assert sampling == Sampling(seed=3) and type(sampling.seed) is int
+    for seed in (True, 3.0, "3", 2**64):
+        with pytest.raises(ValueError, match="seed"):
+            Sampling(seed=seed)

@@ -7,13 +7,12 @@ import torch.nn.functional as F
 from arbscale import presets
 from arbscale import tiles as tiles_module
 from arbscale.coords import cell, grid, scaled_size
+from arbscale.samplers import NOISE_BLOCK, noise_field
 from arbscale.tiles import (
-    NOISE_BLOCK,
     Tile,
     back_project,
     bands,
     blend,
-    noise_field,
     paint,
     paste,
     tiles,
@@ -48,7 +47,7 @@ def test_tiles_cover_the_input(size, side, overlap):
 
 
 def test_a_small_picture_is_one_tile():
-    assert list(tiles((5, 32), 32, 8)) == [Tile(0, 0, 5, 32, 0, 0)]
+    assert list(tiles((5, 32), 32, 8)) == [Tile(0, 0, 5, 32, 0, 0, 0)]
 
 
 def test_tiles_are_evenly_spread():
@@ -135,6 +134,21 @@ def test_the_overlap_fades_in():
     row = out[0, 0]
     assert row[:4].tolist() == [0] * 4 and row[8:].tolist() == [1] * 4
     assert row[4:8].tolist() == pytest.approx([0.125, 0.375, 0.625, 0.875])
+
+
+def test_four_tiles_meet_in_their_bilinear_blend():
+    """Weights are products of one along y and one along x, wherever the tile is in the order."""
+    spans = list(tiles((36, 36), 24, 12))
+    ramp = (torch.arange(24) + 0.5) / 24
+    rising = torch.cat([torch.zeros(24), ramp, torch.ones(24)])  # of the second tile of an axis
+    along = [1 - rising, rising]
+    for k, shown in enumerate(spans):
+        out = torch.full((3, 72, 72), float("nan"))
+        for tile in spans:
+            window, y, x, _ = tile.axes((36, 36), (72, 72))
+            paste(out, torch.full((3, *window[2:]), float(tile == shown)), window, y, x, tile)
+        expected = along[k // 2][:, None] * along[k % 2]
+        torch.testing.assert_close(out[0], expected, atol=1e-5, rtol=0)
 
 
 # Blending -----------------------------------------------------------------------------------------
@@ -266,11 +280,21 @@ def test_bands_are_corrected_as_the_whole_is(low_size, scale, monkeypatch):
     for side in (9, 16, 64):
         found = painted(low, size, side)
         with monkeypatch.context() as context:
-            context.setattr("arbscale.tiles._enlarges", lambda *_: False)
-            context.setattr(torch.Tensor, "clamp", lambda image, *_: image)
+            context.setattr("arbscale.tiles._back_projected", lambda found, *_: found)
+            bare_of = lambda x, low, high: x if low == -1 else torch.clamp(x, low, high)  # noqa: E731
+            context.setattr(torch.Tensor, "clamp", bare_of)
             bare = painted(low, size, side)
         expected = back_project(bare, low).clamp(-1, 1)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(30, 20), (45, 90), (61, 7), (1, 1)], ids=str)
+def test_what_is_smaller_than_the_input_is_the_average_of_a_larger_image(size):
+    low = photograph(60, 45)
+    n = {(30, 20): 3, (45, 90): 2, (61, 7): 7, (1, 1): 60}[size]
+    larger = painted(low, (n * size[0], n * size[1]), 16)
+    expected = F.avg_pool2d(larger[None], n)[0]
+    torch.testing.assert_close(painted(low, size, 16), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("scale", [0.6, 1.5, 3.7])

@@ -94,7 +94,7 @@ def test_an_enlarged_window_is_a_crop(enlarged):
     assert torch.allclose(part, whole[:, 31:71, 70:160], atol=1e-4)
 
 
-@pytest.mark.parametrize(("scale", "levels"), [(0.6, 0.01), (2.5, 1.0), (6.3, 1.0)])
+@pytest.mark.parametrize(("scale", "levels"), [(0.6, 2.0), (2.5, 1.0), (6.3, 1.0)])
 def test_enlarged_is_what_the_model_upscales(enlarger, enlarged, scale, levels):
     size = scaled_size(enlarged.base, scale)
     wanted = enlarger.upscale(enlarged.low, size=size, steps=1)

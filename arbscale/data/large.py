@@ -35,8 +35,8 @@ def write_tiff(
     """Write an image of any size; after a stop the same call resumes at the last row of tiles.
 
     Until it is whole, `path` stays as it was, and the draft beside it has `.part` added to its
-    name. Raises RuntimeError where another process writes it, and KeyboardInterrupt or OSError (a
-    full disk) that say how far it got.
+    name. Raises ValueError for a name of another kind, RuntimeError where another process writes
+    it, and KeyboardInterrupt or OSError (a full disk) that say how far it got.
 
     Parameters
     ----------
@@ -50,6 +50,8 @@ def write_tiff(
         `bands(row)` yields the image from a row on, in bands (3, n, width) in [-1, 1].
 
     """
+    if Path(path).suffix.lower() not in (".tif", ".tiff"):
+        raise InputError(f"{path} is written in bands, as a TIFF file; name it .tif")
     path = Path(os.path.realpath(path))  # a link stays one
     draft = path.with_name(path.name + ".part")
     with store.locked(path):

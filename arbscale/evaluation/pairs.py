@@ -104,8 +104,9 @@ def upscaling_rows(
 
     def encoded(span: Tile) -> Tensor:
         _, rows, columns = span.latent(zoom)
-        sides = rows.start, columns.start, rows.stop, columns.stop, 0, 0, round(span.border * zoom)
-        part = Tile(*(factor * n for n in sides)).cut(given)  # pixels of the encoder's input
+        ends = rows.start, columns.start, rows.stop, columns.stop
+        border = factor * round(span.border * zoom)  # in pixels of the encoder's input
+        part = Tile(*(factor * n for n in ends), 0, 0, 0, border).cut(given)
         return model.first_stage.encode(part.to(model.device))
 
     encodings = ((span, encoded(span)) for span in model.tiles(low.shape[-2:]))

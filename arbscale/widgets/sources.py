@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from arbscale.autoencoder import FirstStage
@@ -24,7 +25,7 @@ from arbscale.coords import Size, Window, scaled_size
 from arbscale.model import ArbitraryScaleModel, Progress
 from arbscale.samplers import Callback, Sampling, streams
 from arbscale.store import InputError
-from arbscale.tiles import Tile, cubic, paste
+from arbscale.tiles import Tile, cubic, paste, reduction
 
 MAX_PHOTO = 24_000_000  # pixels of a photograph as it is decoded for the explorer
 MAX_TRUTH = 1_024  # longer side of the original that is kept beside a reduced photograph
@@ -74,6 +75,9 @@ class Enlarged:
     @torch.no_grad()
     def render(self, size: Size, window: Window) -> Tensor:
         """Render the window alone, from the tiles that it meets."""
+        if (n := reduction(size, self.base)) > 1:  # as `tiles.bands` does
+            larger = self.render((n * size[0], n * size[1]), tuple(n * x for x in window))
+            return F.avg_pool2d(larger[None], n)[0]
         out = torch.zeros(3, *window[2:])
         for tile in self.model.tiles(self.base):
             place, y, x, cells = tile.axes(self.base, size, window)
@@ -86,9 +90,8 @@ class Enlarged:
         features, correction = self._decoded(tile)
         places = (part.to(features) for part in (y, x, cells[None]))
         rgb = self.model.first_stage.liif.query_grid(features, *places)[0].cpu()
-        if size[0] >= self.base[0] and size[1] >= self.base[1]:
-            h, w = correction.shape[-2:]
-            rgb = rgb + _sampled(correction, (y + 1) * (h / 2), (x + 1) * (w / 2), (1.0, 1.0))
+        h, w = correction.shape[-2:]
+        rgb = rgb + _sampled(correction, (y + 1) * (h / 2), (x + 1) * (w / 2), (1.0, 1.0))
         return rgb.clamp(-1, 1)
 
     def _decoded(self, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -211,7 +214,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
     A straight line would pass through noise that is too weak, which no sampler was trained on.
     """
-    cosine = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
+    cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1)
     angle = cosine.acos()
     if share == 0 or angle < 1e-4:
         return torch.lerp(a, b, share)

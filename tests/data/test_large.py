@@ -194,6 +194,6 @@ def test_a_model_renders_to_a_file_what_it_decodes(tmp_path, monkeypatch):
     expected = torch.from_numpy(pixels(model.decode(z, SIZE)[0])).int()
     assert (found - expected).abs().max() <= 1  # rounding
     assert (
-        store.content_key(SIZE, z, module=model.first_stage)
+        store.content_key(SIZE, z, model._facts(), module=model.first_stage)
         in Image.open(tmp_path / "a.tif").tag_v2[305]
     )
