@@ -195,8 +195,9 @@ def resize(image: Tensor, size: int | Size) -> Tensor:
         found = f"{image.dtype} {tuple(image.shape)}"
         raise InputError(f"resize takes floats (3, H, W) or (B, 3, H, W), got {found}")
     batch = image if image.ndim == 4 else image[None]
-    resized = F.interpolate(batch, check_size(size), mode="bicubic", antialias=True).clamp(-1, 1)
-    return resized if image.ndim == 4 else resized[0]
+    wide = batch if batch.dtype == torch.float64 else batch.float()  # the CPU has no half
+    resized = F.interpolate(wide, check_size(size), mode="bicubic", antialias=True).clamp(-1, 1)
+    return (resized if image.ndim == 4 else resized[0]).to(image.dtype)
 
 
 def resize_alpha(alpha: Tensor, size: Size) -> Tensor:

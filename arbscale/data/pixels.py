@@ -83,7 +83,8 @@ def open_upright(image: Any) -> tuple[Tensor, Tensor | None, list[str]]:
         from PIL import Image
 
         grey = Image.fromarray(((rgb[0] + 1) * 127.5).round().byte().numpy())
-        rgb = planes(_to_srgb(grey, profile, notes))
+        if (converted := _to_srgb(grey, profile, notes)) is not grey:
+            rgb = planes(converted)
     return rgb, alpha, notes
 
 

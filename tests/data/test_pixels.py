@@ -61,6 +61,19 @@ def test_a_profile_that_is_srgb_changes_nothing():
     assert not notes and np.array_equal(levels(rgb), image_formats.RGB)
 
 
+def test_a_profile_that_changes_no_deep_grey_leaves_it_whole(tmp_path):
+    from PIL import ImageCms
+
+    grey = np.arange(0, 65536, 7, dtype=np.uint16)[: 90 * 100].reshape(90, 100)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    expected = torch.from_numpy(grey.astype("float32") / 32767.5 - 1)
+    for i, profile in enumerate((b"damaged", srgb)):  # the latter is one of RGB
+        Image.fromarray(grey).save(tmp_path / f"{i}.png", icc_profile=profile)
+        found = data.load_image(tmp_path / f"{i}.png")
+        torch.testing.assert_close(found, expected.expand(3, -1, -1), atol=1e-6, rtol=0)
+        assert images.load_pixels(tmp_path / f"{i}.png").shape == (3, 90, 100)
+
+
 def test_transparency_is_laid_on_white_as_pil_does():
     value, alpha = np.meshgrid(*[np.arange(256, dtype=np.uint8)] * 2)
     image = Image.fromarray(np.dstack([value] * 3 + [alpha]))
@@ -109,3 +122,11 @@ def test_eight_bits_are_never_held_as_floats(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", lambda image: pytest.fail("floats"))
     assert torch.equal(images.load_pixels(tmp_path / "a.png"), expected)
     assert not check_file(tmp_path, "a.png").problem
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_resize_takes_any_float(dtype):
+    image = torch.linspace(-1, 1, 3 * 16 * 16).view(3, 16, 16)
+    found = images.resize(image.to(dtype), (5, 7))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), images.resize(image, (5, 7)), atol=0.01, rtol=0)
