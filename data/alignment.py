@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from arbscale import training
+from arbscale import store, training
 from arbscale.data import open_dataset, resize
 from arbscale.diffusion import alignment_loss
 from arbscale.evaluation import reports
@@ -33,7 +33,8 @@ def finetuned(seed: int, weight: float, steps: int) -> ArbitraryScaleModel:
     """Return the shipped model after `steps` more of its denoiser."""
     model = ArbitraryScaleModel.load("cats").to(pick_device())
     source = training.whole_source(open_dataset(DATA, "train"))
-    folder = RUNS / f"{seed}-{weight:g}-{steps}"
+    begun = store.content_key(model.manifest["files"])[:8]
+    folder = RUNS / f"{seed}-{weight:g}-{steps}-{begun}"
     run = training.Run(folder, True, save_every=20, keep=1, sample_every=0, precision="bf16")
     training.finetune_alignment(model, source, steps, seed, weight, run)
     return model.eval().requires_grad_(False)

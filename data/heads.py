@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arbscale import training
+from arbscale import store, training
 from arbscale.data import open_dataset
 from arbscale.evaluation import (
     Partial,
@@ -76,7 +76,8 @@ def trained(
         source = training.whole_source(images)
     else:
         source = training.photo_source(images, base.preset)
-    folder = RUNS / base.preset.name / f"{'-'.join(map(str, fields.values()))}-{steps}"
+    begun = store.content_key(base.manifest["files"])[:8]
+    folder = RUNS / base.preset.name / f"{'-'.join(map(str, fields.values()))}-{steps}-{begun}"
     run = training.Run(folder, True, save_every=100, keep=1, sample_every=0, precision="bf16")
     training.train_decoder(model.first_stage, source, model.preset, steps, run=run)
     return model.eval().requires_grad_(False)

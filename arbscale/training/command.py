@@ -100,8 +100,9 @@ def parse(words: list[str]) -> TrainOptions:
         manifest = store.read_manifest(store.find(parsed.start))
         parsed = _read(options, Preset.from_dict(manifest["preset"]))
     if parsed.run.folder in (None, FOLDER):
-        run = replace(parsed.run, folder=FOLDER.with_name(parsed.output.name))
-        return replace(parsed, run=run)
+        if not (name := parsed.output.resolve().name):
+            raise InputError(f"--output {parsed.output} has no name; name a folder in it")
+        return replace(parsed, run=replace(parsed.run, folder=FOLDER.with_name(name)))
     return parsed
 
 
@@ -129,18 +130,20 @@ def train(options: TrainOptions) -> None:
 
 def _train(options: TrainOptions) -> None:
     state, folder = process_state(), options.run.folder
+    before: dict = {}
     with state.main_process_first():
         if state.is_main_process:
-            _claim(folder, options)
+            config, before = _claim(folder, options)
             print(f"run folder {folder}; {json.dumps(asdict(options.preset))}")
     torch.manual_seed(options.seed)
     model = _model(options).to(state.device)
-    before, source = dict(model.manifest), _source(options)
-    begun = before.get("licence", UNKNOWN) if options.start else ""
+    source = _source(options)
+    begun = model.manifest.get("licence", UNKNOWN) if options.start else ""
     threads = f"{torch.get_num_threads()} threads, {platform.machine()}"
     for stage, losses in _stages(model, source, options):
         if not state.is_main_process:
             continue
+        store.write_text(folder / CONFIG, config)
         seconds = sum(note["seconds"] for note in read_summary(folder).values())
         loss = sum(losses[-100:]) / max(1, len(losses[-100:]))
         model.manifest |= {
@@ -314,12 +317,16 @@ def _say_which(data: str) -> None:
             print(f"data: the package's own {data}; for the folder, give --data {other}")
 
 
-def _claim(folder: Path, options: TrainOptions) -> None:
-    """Write the configuration, or see that a resumed run has the weights it was begun from.
+def _claim(folder: Path, options: TrainOptions) -> tuple[str, dict]:
+    """Return the configuration, and the minutes and commands of the weights it was begun from.
 
-    The rest is compared with each stage's checkpoint.
+    It is written at once, but for a resumed run, of which a stage may refuse it. That run must have
+    the weights it was begun from; the rest is compared with each stage's checkpoint.
     """
-    path = folder / CONFIG
+    path, before = folder / CONFIG, {}
+    if options.start:
+        before = store.read_manifest(store.find(options.start))
+        before = {key: before[key] for key in ("minutes", "commands") if key in before}
     now = json.loads(json.dumps(asdict(options), default=str))
     begun = {"start": None, "teacher": options.teacher and store.sha256(options.teacher)}
     if options.start and store.find(options.start).resolve() != options.output.resolve():
@@ -330,11 +337,15 @@ def _claim(folder: Path, options: TrainOptions) -> None:
             raise InputError(f"{folder} holds a run; add --resume, or name another --folder")
         if path.is_file():
             with store.reading(path):
-                before = dict(json.loads(path.read_text(encoding="utf-8")).get("begun", {}))
-            checkpoints.compare(folder, before, begun, options.run.allow_changes)
-    config = {"command": _command(), "options": now, "begun": begun}
-    config |= {"python": platform.python_version()}
-    store.write_text(path, json.dumps({**config, "torch": torch.__version__}, indent=2) + "\n")
+                known = json.loads(path.read_text(encoding="utf-8"))
+                same, before = dict(known.get("begun", {})), dict(known.get("before", before))
+            checkpoints.compare(folder, same, begun, options.run.allow_changes)
+    config = {"command": _command(), "options": now, "begun": begun, "before": before}
+    config |= {"python": platform.python_version(), "torch": torch.__version__}
+    text = json.dumps(config, indent=2) + "\n"
+    if not (options.run.resume and path.is_file()):
+        store.write_text(path, text)
+    return text, before
 
 
 def _command() -> str:

@@ -276,8 +276,8 @@ class DecoderStage(FrozenEncoderStage):
 
     def facts(self) -> dict[str, Any]:
         """Return the images, and whether the encoder learns."""
-        odds = {"resampled": self.resample.odds} if self.resample else {}
-        return {**super().facts(), "joint": self.joint, **odds}
+        odds = self.resample.odds if self.resample else 0.0
+        return {**super().facts(), "joint": self.joint, "resampled": odds}
 
     def draw(self, generator: torch.Generator, part: slice) -> dict[str, Tensor]:
         """Return images, and points of them at a size that is drawn, with their colours."""

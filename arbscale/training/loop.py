@@ -2,7 +2,8 @@
 
 Everything random in a step is a function of the seed, the stage, the step and the image's place in
 the batch. So a resumed run ends in the same weights as one that was not stopped, and neither the
-number of processes, nor of loader workers, nor the accumulation changes what is learned.
+number of processes, nor of loader workers, nor the accumulation changes what is learned (but for
+`losses.lattice`, of a mean over the images that are computed at once: smaller parts, more noise).
 """
 
 from __future__ import annotations
@@ -142,6 +143,9 @@ class _Training:
         if found:
             self._load(found[0])
         if found and found[1]["finished"]:
+            if found[1]["step"] != self.steps:
+                text = f"finished after {found[1]['step']} steps"
+                raise InputError(f"{self.folder} has {text}; to train on, --start another run")
             return found[0]["losses"].tolist()
         try:
             self._build(found)

@@ -222,8 +222,32 @@ def test_the_run_folder_and_the_weights(run, tmp_path):
     assert set(manifest["losses"]) == {"first stage", "diffusion", "alignment"}
     status, text = run("small --pool 8 --steps 2 2 2 2 -o mine")
     assert status == 2 and "--resume" in text
-    status, text = run("small --pool 8 --steps 2 2 2 2 -o mine --resume --joint")
-    assert status == 2 and "joint" in text
+    before = (folder / "config.json").read_text()
+    for change in ("--steps 2 2 2 2 --joint", "--steps 2 2 2 2 --resampled 0.5"):
+        status, text = run(f"small --pool 8 {change} -o mine --resume")
+        assert status == 2 and change.split()[5][2:] in text
+        assert (folder / "config.json").read_text() == before
+    status, text = run("small --pool 8 --steps 2 3 2 2 -o mine --resume --allow-changes")
+    assert status == 2 and "2 steps" in text and "--start" in text
+
+
+def test_an_output_without_a_name_is_refused(run):
+    status, text = run("small -o /")
+    assert status == 2 and "--output" in text
+    assert str(parse("small -o .".split()).run.folder) == f"runs/{Path.cwd().name}"
+
+
+def test_what_came_before_is_counted_once(run, tmp_path):
+    assert run("small --steps 0 1 0 0 -o mine")[0] == 0
+    path = tmp_path / "mine" / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"minutes": 7.0, "commands": ["the first"]}
+    path.write_text(json.dumps(manifest))
+    words = "small --start mine --steps 0 0 1 0 --pool 8 -o mine --folder on"
+    assert run(words)[0] == 0
+    for _ in range(2):
+        assert run(f"{words} --resume")[0] == 0
+    manifest = store.read_manifest(tmp_path / "mine")
+    assert manifest["minutes"] < 7.5 and len(manifest["commands"]) == 2
 
 
 @pytest.mark.slow
