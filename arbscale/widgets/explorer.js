@@ -77,7 +77,7 @@ class Explorer {
       on(name, "change", this.drawIfChanged);
       on(name, "keydown", enter(() => this.drawIfChanged()));
     }
-    on("cancel", "click", () => this.send({ kind: "cancel" }));
+    on("cancel", "click", this.cancel);
     on("save-view", "click", () => this.send({ kind: "save", what: "view" }));
     on("save-whole", "click", () => this.send({ kind: "save", what: "whole" }));
     on("copy", "click", this.copy);
@@ -190,8 +190,9 @@ class Explorer {
 
   // The question in flight has its answer: ask the next one, or for the full density.
   settle(answer) {
-    if (answer.view !== this.id || answer.serial !== this.waiting) return;
+    if (answer.view !== this.id || answer.serial !== this.serial) return;
     clearTimeout(this.timer);
+    clearTimeout(this.full);
     this.waiting = 0;
     this.root.dataset.serial = answer.serial;
     const refused = answer.error && answer.typed;
@@ -256,6 +257,13 @@ class Explorer {
     this.drawn = this.settings();
     this.find("strip").replaceChildren();
     this.send({ kind: "draw", seed, to_seed, steps, share, sampler });
+  }
+
+  // What was typed for a drawing that is cancelled must not start it again.
+  cancel() {
+    this.state.typed = null;
+    this.showScale();
+    this.send({ kind: "cancel" });
   }
 
   settings() {

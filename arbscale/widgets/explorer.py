@@ -183,7 +183,7 @@ class ScaleExplorer(anywidget.AnyWidget):
             and self._other_grid(size, self._settings)
         ):
             if self._coming is None or self._other_grid(size, self._coming):
-                self._draw(replace(self._settings, size=size))
+                self._draw(replace(self._coming or self._settings, size=size))
             return self.left, self.right, {"pending": "drawing for another aspect ratio"}
         budget = LIVE_SECONDS * self._rate if question.get("live") else math.inf
         shown, window = view.rendered(size, budget)

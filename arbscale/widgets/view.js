@@ -153,6 +153,7 @@ class View {
   }
 
   key(e) {
+    if (e.ctrlKey || e.metaKey || e.altKey) return; // the browser's own
     const middle = [0.5, 0.5];
     const act = {
       ArrowUp: () => this.pan(0.1, 0),
@@ -176,6 +177,7 @@ class View {
   }
 
   press(e) {
+    if (e.button) return; // neither the left one nor a finger
     this.canvas.setPointerCapture(e.pointerId);
     this.pointers.set(e.pointerId, this.place(e));
   }
@@ -186,7 +188,8 @@ class View {
 
   move(e) {
     const before = this.pointers.get(e.pointerId);
-    if (!before) return;
+    if (!e.buttons) this.release(e); // let go outside the page
+    if (!before || !e.buttons) return;
     const now = this.place(e);
     const other = [...this.pointers].find(([id]) => id !== e.pointerId)?.[1];
     this.pointers.set(e.pointerId, now);
