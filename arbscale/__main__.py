@@ -20,6 +20,7 @@ from arbscale.coords import Size, check_size, scaled_size
 from arbscale.data import batches
 from arbscale.data import output as output_files
 from arbscale.evaluation.command import ablate, bench, evaluate, table
+from arbscale.evaluation.resume import wait_for_all
 from arbscale.model import ArbitraryScaleModel
 from arbscale.samplers import UPSCALING, Sampling
 from arbscale.store import InputError
@@ -120,9 +121,9 @@ def generate(
         megabytes = 3 * number * size[0] * size[1] / 1e6
         print(f"{number} images, {batch} at a time, at most {megabytes:.0f} MB")
     generator, items = sampling.generator(), []
-    digits = max(3, len(str(number - 1)))
 
     def path(i: int) -> Path:
+        digits = max(3, len(str(number - 1)))
         return output.with_stem(output.stem + (f"-{i:0{digits}d}" if number > 1 else ""))
 
     with tqdm(unit="step", total=sampling.steps * len(share), disable=rank > 0) as bar:
@@ -177,14 +178,13 @@ def upscale(
         _check_output(target, quality=quality)
     loaded = ArbitraryScaleModel.load(model).to(pick_device())
     options = {**vars(sampling), "precision": precision}
-    facts = [file["sha256"] for file in loaded.manifest["files"]], scale, size, quality, options
+    facts = loaded.manifest, scale, size, quality, options
     finished = batches.Finished(facts) if pairs[0][1] != output else None
-    stoppable = store.resumable() if finished else contextlib.nullcontext()
     factor = size if scale is None else scale
     rank, ranks = launched()
     share, left_out = pairs[rank::ranks], []
     bar = tqdm(total=len(share), bar_format=BAR, leave=False, disable=rank > 0 or None)
-    with stoppable, bar:
+    with store.resumable() if finished else contextlib.nullcontext(), bar:
         for i, (source, target) in enumerate(share):
             if not (finished and finished.holds(source, target)):
                 try:
@@ -207,6 +207,7 @@ def upscale(
                         finished.add(source, target)
                     bar.write("wrote {} ({} x {})".format(target, *to_size))
             bar.update(i + 1 - bar.n)
+    wait_for_all()  # a process that fails ends the others
     if left_out:
         raise InputError(f"{len(left_out)} images were left out: {', '.join(left_out[:3])}")
 

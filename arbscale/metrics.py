@@ -306,6 +306,16 @@ def check_features(a: Tensor, b: Tensor, least: int = 1) -> tuple[Tensor, Tensor
     return a.detach().cpu().double(), b.detach().cpu().double()
 
 
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the distances (N, M) between features (N, D) and (M, D), 0 between equal ones.
+
+    `torch.cdist` multiplies matrices, which is fast, but leaves some 1e-8 of a norm between copies.
+    """
+    noise = 1e-6 * torch.maximum(a.norm(dim=1)[:, None], b.norm(dim=1))
+    found = torch.cdist(a, b)
+    return found.masked_fill_(found < noise, 0)
+
+
 def _root(covariance: Tensor) -> Tensor:
     """Return the symmetric square root; eigenvalues that rounding made negative count as 0."""
     values, vectors = torch.linalg.eigh(covariance)
@@ -314,11 +324,11 @@ def _root(covariance: Tensor) -> Tensor:
 
 def _radii(points: Tensor, k: int, block: int) -> Tensor:
     """Return each point's distance (N,) to its k-th nearest other point."""
-    rows = [torch.cdist(x, points).kthvalue(k + 1).values for x in points.split(block)]
+    rows = [distances(x, points).kthvalue(k + 1).values for x in points.split(block)]
     return torch.cat(rows)  # the nearest one is the point itself
 
 
 def _inside(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> float:
     """Return the share of points that lie in at least one ball."""
-    rows = [(torch.cdist(x, centres) <= radii).any(1) for x in points.split(block)]
+    rows = [(distances(x, centres) <= radii).any(1) for x in points.split(block)]
     return torch.cat(rows).double().mean().item()

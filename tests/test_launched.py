@@ -48,3 +48,19 @@ def test_two_processes_write_what_one_writes(models, tmp_path, command, sampler)
             files[path] = {k: v for k, v in report.items() if k not in ("command", "timing")}
     assert found["one"] == found["two"]
     assert len(found["one"]) == {"generate": 40, "upscale": 10, "evaluate": 1}[command]
+
+
+def test_a_damaged_image_stops_no_other_process(models, tmp_path):
+    """The first process has little to do; one that ends with an error ends the others."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.png").write_bytes(b"no image")
+    for i in range(1, 8):
+        Image.new("RGB", (6, 6) if i % 2 == 0 else (60, 60)).save(tmp_path / "in" / f"{i}.png")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    words = f"{LAUNCH} upscale in --model {models}/photos --scale 3 -o out".split()
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, *words], timeout=300, **options)
+    assert done.returncode and "1 images were left out" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
+        f"{i}.png" for i in range(1, 8)
+    ]

@@ -29,7 +29,7 @@ MAX_NUMBER = 1_000_000  # of images to evaluate, whose features are held in memo
 MAX_SCALE = 64  # of evaluate; LPIPS of larger images would not fit into memory
 Output = Annotated[Path | None, arg(aliases=["-o"])]
 
-ARITHMETIC = 2
+ARITHMETIC = 3
 """Part of what names finished pieces; one more for each change of the code that changes numbers."""
 
 
@@ -162,6 +162,8 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
     if model.preset.low_size:
         raise InputError(f"{options.model} is a super-resolution model; take --task upscale")
     data, split = _data(options, model), options.split or "train"
+    if split == "all":
+        raise InputError("--split is train, val or test: other real images come from another")
     others = "test" if split != "test" else "train"
     n, reference = options.count(1000), options.reference
     if reference is not None:

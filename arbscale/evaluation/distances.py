@@ -15,7 +15,7 @@ from torch import Tensor
 
 from arbscale.coords import Size, Window, check_size
 from arbscale.evaluation.features import Extractor, extractor
-from arbscale.metrics import BLOCK, check_features, frechet_distance
+from arbscale.metrics import BLOCK, check_features, distances, frechet_distance
 from arbscale.store import InputError
 
 FID_LEAST = 2048  # images: as many as Inception has features
@@ -28,7 +28,7 @@ def nearest_distances(points: Tensor, others: Tensor, block: int = BLOCK) -> Ten
     much nearer to the training images than unseen real ones are have been memorised.
     """
     points, others = check_features(points, others)
-    return torch.cat([torch.cdist(x, others).amin(1) for x in points.split(block)])
+    return torch.cat([distances(x, others).amin(1) for x in points.split(block)])
 
 
 def interval(

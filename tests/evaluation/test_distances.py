@@ -130,6 +130,15 @@ def test_precision_recall_of_identical_constant_and_distant_sets():
     assert precision_recall(x[:1].expand(8, -1), x)[1] <= 1 / 40  # one image covers itself
 
 
+@pytest.mark.parametrize("block", [7, 1024])
+def test_copies_are_at_distance_zero(block):
+    """Radii of a generator that repeats itself are 0, and only the same points lie within."""
+    x = normal(150, 768) + 3
+    again = x.repeat(4, 1)[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
+    assert precision_recall(x, again, block=block) == (1, 1)
+    assert nearest_distances(again, x, block).max() == 0
+
+
 def test_precision_recall_errors():
     with pytest.raises(ValueError, match=r"4 images.*\(3, 2\)"):
         precision_recall(normal(3, 2), normal(9, 2))
