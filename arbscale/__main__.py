@@ -272,7 +272,7 @@ def check(
 ) -> None:
     """Read every image below a folder; print what is used, converted, skipped, and why."""
     from arbscale.data import find_folder
-    from arbscale.data.check import check_folder, splits
+    from arbscale.data.folders import check_folder, splits
 
     root = find_folder(folder)
     report = check_folder(root)

@@ -81,7 +81,10 @@ def convert(checkpoint: Path, config: Path, folder: Path) -> str:
     whole = "unet_config" in params
     trained, untrained = {}, {}
     if whole:
-        _check_parts(state)
+        again = {"cond_stage_model." + k for k in _under(state, FIRST_STAGE)}  # where they are one
+        known = (k for k in state if k.startswith((FIRST_STAGE, UNET, EMA)) or BUFFERS.fullmatch(k))
+        if unexpected := sorted(state.keys() - again - {*known}):
+            raise InputError(f"the checkpoint does not fit its config: unexpected {unexpected}")
         u = {"unet": params["unet_config"]["params"]}
         trained["denoiser"] = unet_from_reference(u, _averaged(state))
     else:
@@ -190,19 +193,6 @@ def _averaged(state: State) -> State:
     unet = _under(state, UNET)
     names = {k: EMA + f"diffusion_model.{k}".replace(".", "") for k in unet}
     return {k: state.get(names[k], tensor) for k, tensor in unet.items()}
-
-
-def _check_parts(state: State) -> None:
-    """Raise ValueError for keys of a whole checkpoint that belong to no part we know."""
-
-    def known(key: str) -> bool:
-        ours, cond, rest = key.partition("cond_stage_model.")  # may be the first stage again
-        again = not ours and cond and FIRST_STAGE + rest in state
-        return bool(again) or key.startswith((FIRST_STAGE, UNET, EMA))
-
-    unknown = [key for key in sorted(state) if not known(key) and not BUFFERS.fullmatch(key)]
-    if unknown:
-        raise InputError(f"the checkpoint does not fit its config: unexpected {unknown}")
 
 
 def first_stage_from_reference(config: dict, state: State) -> FirstStage:
@@ -344,28 +334,23 @@ def _under(state: State, prefix: str) -> State:
 
 def _load(module: nn.Module, pairs: Pairs, state: State) -> nn.Module:
     """Copy the paired tensors; InputError names keys that are missing, left over, misfits."""
-    wanted = module.state_dict()
-    taken, missing, misfits = {}, [], []
-    for theirs, ours in pairs:
-        for leaf in ("weight", "bias"):
-            if f"{ours}.{leaf}" not in wanted:
-                continue
-            if f"{theirs}.{leaf}" not in state:
-                missing.append(f"{theirs}.{leaf}")
-                continue
-            tensor, own = state[f"{theirs}.{leaf}"], wanted[f"{ours}.{leaf}"]
-            if tensor.squeeze().shape != own.squeeze().shape:
-                misfits.append(f"{theirs}.{leaf} {tuple(tensor.shape)} for {tuple(own.shape)}")
-                continue
-            taken[f"{theirs}.{leaf}"] = f"{ours}.{leaf}", tensor.reshape(own.shape)
-    unexpected = sorted(set(state) - set(taken) - {m.split()[0] for m in misfits})
+    own = module.state_dict()
+    leaves = [(f"{a}.{leaf}", f"{b}.{leaf}") for a, b in pairs for leaf in ("weight", "bias")]
+    names = {theirs: ours for theirs, ours in leaves if ours in own}
+    missing, unexpected = [k for k in names if k not in state], sorted(state.keys() - names.keys())
+    misfits = [
+        f"{k} {tuple(state[k].shape)} for {tuple(own[name].shape)}"
+        for k, name in names.items()
+        if k in state and state[k].squeeze().shape != own[name].squeeze().shape
+    ]
     if missing or unexpected or misfits:
         raise InputError(
             f"the checkpoint does not fit its config: missing {missing}, unexpected {unexpected}, "
             f"of another shape {misfits}"
         )
-    store.check_finite({key: state[key] for key in taken}, "the checkpoint")
+    store.check_finite(state, "the checkpoint")
     # A copy: the module's weights become these tensors, and the checkpoint's are not its own.
-    own = {name: torch.empty(tensor.shape).copy_(tensor) for name, tensor in taken.values()}
+    for k, name in names.items():
+        own[name] = torch.empty(own[name].shape).copy_(state[k].reshape(own[name].shape))
     module.load_state_dict(own, assign=True)
     return module

@@ -152,9 +152,10 @@ class LIIF(_Head):
 
     def _axis(self, position: Tensor, axis: int, table: Tensor) -> Axis:
         """Return the neighbours' indices and the offsets from them, each (N, 1 or 2)."""
-        steps = (-0.5, 0.5) if self.local_ensemble else (0.0,)
-        found = [_neighbour(position, table.shape[axis], step) for step in steps]
-        return [torch.stack(parts, dim=-1) for parts in zip(*found, strict=True)]
+        steps = position.new_tensor([-0.5, 0.5] if self.local_ensemble else [0.0])
+        u = ((position + 1) * (table.shape[axis] / 2))[:, None]  # in latent pixels, from 0 to n
+        index = (u + steps + TIE).floor().clamp(0, table.shape[axis] - 1)
+        return [index.long(), 2 * (u - index) - 1]
 
     def _paint(self, table: Tensor, rows: Axis, cols: Axis) -> Tensor:
         """Colours (N, 3) at N points: rows and columns are (N, ...), or broadcast to a grid."""
@@ -230,8 +231,11 @@ class InterpolatedLIIF(_Head):
         The place within a latent pixel comes as sines and cosines, which a linear layer reads, so
         its part of y and its part of x are sums that a row and a column have of their own.
         """
-        before, after, share = _between(position, table.shape[axis])  # (N,), (N,), (N, 1)
-        angle = (position + 1) * (math.pi * table.shape[axis] / self.finer)  # latent pixels of 2 pi
+        n = table.shape[axis]
+        u = ((position + 1) * (n / 2) - 0.5).clamp(0, n - 1)  # the outermost pixels are repeated
+        before = u.floor().long()  # (N,)
+        after, share = (before + 1).clamp(max=n - 1), (u - before)[:, None]  # (N,), (N, 1)
+        angle = (position + 1) * (math.pi * n / self.finer)  # latent pixels of 2 pi
         code = torch.stack([angle.sin(), angle.cos()], dim=-1).to(table)  # (N, 2)
         weight = self.place.weight[:, axis:4:2]
         return [before, after, share.to(table), F.linear(code, weight)]
@@ -286,20 +290,3 @@ def _look(table: Tensor, row: Tensor, col: Tensor) -> Tensor:
 def _split(axis: Axis, n: int) -> Iterator[Axis]:
     """Cut what is known of an axis into parts of at most n positions."""
     return map(list, zip(*(part.split(n) for part in axis), strict=True))
-
-
-def _between(position: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the grid pixels before and after each point, and the share (N, 1) of the latter.
-
-    Beyond the outermost centres the outermost pixel is repeated.
-    """
-    u = ((position + 1) * (n / 2) - 0.5).clamp(0, n - 1)
-    before = u.floor().long()
-    return before, (before + 1).clamp(max=n - 1), (u - before)[:, None]
-
-
-def _neighbour(position: Tensor, n: int, step: float) -> tuple[Tensor, Tensor]:
-    """Index of the latent pixel `step` pixels away, clamped to [0, n), and the offset from it."""
-    u = (position + 1) * (n / 2)  # in latent pixels, from 0 to n
-    index = (u + step + TIE).floor().clamp(0, n - 1)
-    return index.long(), 2 * (u - index) - 1

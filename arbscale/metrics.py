@@ -65,47 +65,41 @@ def ssim(a: Tensor, b: Tensor, space: str = "rgb", border: int = 0) -> float:
     return _mean_in_chunks(lambda x, y: _ssim_terms(x, y, 255)[0], a, b, chunk=1)
 
 
-_BACKBONES = {"alex": "alexnet", "squeeze": "squeezenet1_1"}
-
-
-def lpips(a: Tensor, b: Tensor, net: str = "alex") -> float:
-    """Learned perceptual distance, v0.1, at least 0, which identical images have.
+def lpips(a: Tensor, b: Tensor) -> float:
+    """Learned perceptual distance, v0.1 over AlexNet, at least 0, which identical images have.
 
     Takes float images (B, 3, H, W) or (3, H, W) in [-1, 1], at least 32 pixels a side, clamped;
-    mean over the images. `net` is "alex" (AlexNet, for reports) or "squeeze" (SqueezeNet). Computed
-    by the package `lpips` (Zhang et al. 2018); the backbone's ImageNet weights come from torch
-    hub's cache, from the folder that ARBSCALE_WEIGHTS names, or by download, in this order.
-    FileNotFoundError where no weights are found says how to get them.
+    mean over the images. Computed by the package `lpips` (Zhang et al. 2018); AlexNet's ImageNet
+    weights come from torch hub's cache, from the folder that ARBSCALE_WEIGHTS names, or by
+    download, in this order. FileNotFoundError where none are found says how to get them.
     """
-    if net not in _BACKBONES:
-        raise InputError(f"unknown backbone {net!r}; take {' or '.join(_BACKBONES)}")
     a, b = _check_images(a, b)
     if min(a.shape[-2:]) < 32:
         raise InputError(f"LPIPS needs sides of 32 px, got {tuple(a.shape)}; take larger images")
-    network = lpips_network(net).to(a.device)
+    network = lpips_network().to(a.device)
     with torch.no_grad():
         pairs = zip(a.clamp(-1, 1).float(), b.clamp(-1, 1).float(), strict=True)
         return sum(network(x[None], y[None]).item() for x, y in pairs) / len(a)
 
 
-def lpips_is_there(net: str = "alex") -> bool:
+def lpips_is_there() -> bool:
     """Tell whether the weights that `lpips` needs are found on this machine."""
-    from arbscale.evaluation.features import backbone_file
+    from arbscale.evaluation.features import alexnet_file
 
-    return backbone_file(_BACKBONES[net]) is not None
+    return alexnet_file() is not None
 
 
-@functools.lru_cache(maxsize=2)
-def lpips_network(net: str) -> torch.nn.Module:
+@functools.cache
+def lpips_network() -> torch.nn.Module:
     """Return the network behind `lpips`, on the CPU; it is loaded once and shared."""
     import lpips as package
 
-    from arbscale.evaluation.features import backbone_state
+    from arbscale.evaluation.features import alexnet_state
 
-    state = backbone_state(_BACKBONES[net])
+    state = alexnet_state()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's, of arguments that the package still uses
-        network = package.LPIPS(net=net, pnet_rand=True, verbose=False)
+        network = package.LPIPS(net="alex", pnet_rand=True, verbose=False)
     named = {name.split(".", 1)[1]: p for name, p in network.net.named_parameters()}
     with torch.no_grad():
         for name, parameter in named.items():  # "slice1.0.weight" there is "features.0.weight" here
@@ -179,8 +173,14 @@ def precision_recall(
     generated, real = check_features(generated, real, least=k + 1)
     centre = real.mean(0)  # a distance keeps more digits near zero
     generated, real = generated - centre, real - centre
-    precision = _inside(generated, real, _radii(real, k, block), block)
-    return precision, _inside(real, generated, _radii(generated, k, block), block)
+
+    def inside(points: Tensor, centres: Tensor) -> float:
+        rows = [distances(x, centres).kthvalue(k + 1).values for x in centres.split(block)]
+        radii = torch.cat(rows)  # to the k-th nearest other one: the nearest is itself
+        rows = [(distances(x, centres) <= radii).any(1) for x in points.split(block)]
+        return torch.cat(rows).double().mean().item()
+
+    return inside(generated, real), inside(real, generated)
 
 
 def _clean_similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -320,15 +320,3 @@ def _root(covariance: Tensor) -> Tensor:
     """Return the symmetric square root; eigenvalues that rounding made negative count as 0."""
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-
-
-def _radii(points: Tensor, k: int, block: int) -> Tensor:
-    """Return each point's distance (N,) to its k-th nearest other point."""
-    rows = [distances(x, points).kthvalue(k + 1).values for x in points.split(block)]
-    return torch.cat(rows)  # the nearest one is the point itself
-
-
-def _inside(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> float:
-    """Return the share of points that lie in at least one ball."""
-    rows = [(distances(x, centres) <= radii).any(1) for x in points.split(block)]
-    return torch.cat(rows).double().mean().item()

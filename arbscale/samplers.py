@@ -192,7 +192,7 @@ def _multistep(
 ) -> Tensor:
     """Solve the ODE, or the SDE where noise is drawn, in steps of lambda."""
     steps, alpha_bars = _grid(schedule, timesteps, final_alpha_bar)
-    lambdas = [_half_log_snr(alpha_bar) for alpha_bar in alpha_bars]
+    lambdas = [math.inf if a == 1 else 0.5 * math.log(a / (1 - a)) for a in alpha_bars]
     z_0_before = None
     for i, t in enumerate(steps):
         now, to = alpha_bars[i], alpha_bars[i + 1]
@@ -305,16 +305,15 @@ def noise_field(seed: int, channels: int, corner: Size, size: Size) -> Tensor:
         range(start // NOISE_BLOCK, (start + n - 1) // NOISE_BLOCK + 1)
         for start, n in zip(corner, size, strict=True)
     )
-    blocks = [[_noise_block(seed, channels, row, col) for col in cols] for row in rows]
-    field = torch.cat([torch.cat(row, dim=2) for row in blocks], dim=1)
+
+    def block(row: int, col: int) -> Tensor:
+        mixed = (seed * 1_000_003 + row) * 1_000_003 + col  # any mixing: the generator scrambles
+        generator = torch.Generator().manual_seed(mixed % 2**63)
+        return torch.randn(channels, NOISE_BLOCK, NOISE_BLOCK, generator=generator)
+
+    field = torch.cat([torch.cat([block(row, col) for col in cols], 2) for row in rows], 1)
     top, left = corner[0] - rows[0] * NOISE_BLOCK, corner[1] - cols[0] * NOISE_BLOCK
     return field[:, top : top + size[0], left : left + size[1]]
-
-
-def _noise_block(seed: int, channels: int, row: int, col: int) -> Tensor:
-    mixed = (seed * 1_000_003 + row) * 1_000_003 + col  # any mixing does: the generator scrambles
-    generator = torch.Generator().manual_seed(mixed % 2**63)
-    return torch.randn(channels, NOISE_BLOCK, NOISE_BLOCK, generator=generator)
 
 
 def _eps(denoise: Denoiser, z: Tensor, t: int) -> Tensor:
@@ -325,11 +324,6 @@ def _eps(denoise: Denoiser, z: Tensor, t: int) -> Tensor:
 def _estimate(z: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
     """Return the one-step estimate of the clean latents."""
     return (z - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
-
-
-def _half_log_snr(alpha_bar: float) -> float:
-    """Return lambda = log(alpha / sigma), infinite where there is no noise."""
-    return math.inf if alpha_bar == 1 else 0.5 * math.log(alpha_bar / (1 - alpha_bar))
 
 
 def _drawing(z: Tensor, generator: torch.Generator | None) -> Callable[[int], Tensor]:

@@ -350,20 +350,20 @@ def _rows(rows: Tensor, first: int, sizes: tuple[int, int], span: tuple[int, int
     the result is rows [start, stop) of as many as it says last.
     """
     step = sizes[0] / sizes[1]
-    positions = first + torch.arange(rows.shape[-2], dtype=torch.float64) + 0.5
     centres = (torch.arange(*span, dtype=torch.float64) + 0.5) * step
-    return cubic((positions - centres[:, None]) / max(step, 1)).to(rows) @ rows
+    return cubic(rows, centres, max(step, 1), first)
 
 
-def cubic(distances: Tensor) -> Tensor:
-    """Return the weights (m, k) of k pixels at m points, by the cubic of a = -0.5 (Keys 1981).
+def cubic(rows: Tensor, centres: Tensor, shrink: float, first: int = 0) -> Tensor:
+    """Filter rows (..., k, w), from number `first` on, at m centres: (..., m, w).
 
-    Distances are in pixels; each point's weights add up to 1.
+    By the cubic of a = -0.5 (Keys 1981), `shrink` rows wide; each centre's weights add up to 1.
     """
-    x = distances.abs()
+    positions = first + torch.arange(rows.shape[-2], dtype=torch.float64) + 0.5
+    x = ((positions - centres[:, None]) / shrink).abs()
     near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
-    return (weights / weights.sum(dim=1, keepdim=True)).float()
+    return (weights / weights.sum(dim=1, keepdim=True)).float().to(rows) @ rows
 
 
 def _columns(image: Tensor, width: int) -> Tensor:

@@ -62,11 +62,6 @@ def _fitted(picture: Any, box: float) -> Any:
     return _resized(picture, tuple(max(1, round(factor * n)) for n in picture.size))
 
 
-def _factor(side: int) -> int:
-    """Return the least whole factor that enlarges a side to `LEAST` pixels."""
-    return -(-LEAST // side)
-
-
 def show(images: Images, titles: Sequence[Any] | None = None, columns: int | None = None) -> None:
     """Show images in rows of `columns` (as many as fit), each at its own pixels, titles above.
 
@@ -75,7 +70,7 @@ def show(images: Images, titles: Sequence[Any] | None = None, columns: int | Non
     """
     pictures = _pictures(images)
     titles = _labels(titles, n := len(pictures))
-    sides = [(picture.width, _factor(min(picture.size))) for picture in pictures]
+    sides = [(picture.width, -(-LEAST // min(picture.size))) for picture in pictures]
     if columns is None:
         rows = -(-n // max(1, PAGE // (max(side * factor for side, factor in sides) + GAP)))
         columns = -(-n // rows)
@@ -151,9 +146,11 @@ def contact_sheet(
 
 def _sheet(shown: list[Any], above: list[str], below: list[str], columns: int) -> Any:
     """Put PIL images into rows on white, with text above and below each."""
-    from PIL import Image, ImageDraw
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
 
-    font, line = _font(), 18
+    path = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # it has Greek and ×
+    font, line = ImageFont.truetype(path, 13), 18
     step = max(picture.width for picture in shown) + GAP
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
@@ -174,14 +171,6 @@ def _sheet(shown: list[Any], above: list[str], below: list[str], columns: int) -
                 place = (x + (step - GAP) / 2, y + at + line * (k + 0.5))
                 draw.text(place, text, INK, font=font, anchor="mm")
     return sheet
-
-
-def _font() -> Any:
-    """Return a font of 9.75 pt, with Greek and ×."""
-    import matplotlib
-    from PIL import ImageFont
-
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 13)
 
 
 def _wrap(text: str, fits: Any) -> list[str]:

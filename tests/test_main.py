@@ -319,15 +319,15 @@ def test_evaluate_generates_resumes_and_repeats_itself(run, tmp_path, offline, m
     words = ("evaluate", "scenes", "--task", "generate", *sizes)
     network = features.Extractor("encoder", "mean colours", 3, "", lambda x: x.float().mean((2, 3)))
     monkeypatch.setattr(sets, "extractor", lambda *args: network)
-    compare, calls = sets.compare_sets, []
+    interval, calls = sets.interval, []
 
     def stops(*args):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 5:  # two for each row
             raise KeyboardInterrupt
-        return compare(*args)
+        return interval(*args)
 
-    monkeypatch.setattr(sets, "compare_sets", stops)
+    monkeypatch.setattr(sets, "interval", stops)
     status, said = run(*words)
     assert status == 130 and "same command" in said.splitlines()[-1]
     assert list((tmp_path / "g.partial").rglob("32x32-ours*"))

@@ -124,7 +124,7 @@ def test_printing_never_stops_work(run, tmp_path, monkeypatch, encoding):
         (("table", "a.json"), "arbscale.evaluation.reports.document"),
         (("bench", "scenes"), "arbscale.evaluation.bench.measure"),
         (("ablate", "-o", "o.json"), "arbscale.evaluation.ablation.ablate"),
-        (("check", "."), "arbscale.data.check.check_file"),
+        (("check", "."), "arbscale.data.folders.check_file"),
         (("download", "div2k"), "arbscale.data.download.download"),
         (("convert", "a", "--config", "a", "-o", "o"), "arbscale.compat.convert"),
     ],

@@ -18,7 +18,6 @@ from arbscale.widgets.sources import (
     OwnOutput,
     Painted,
     Photo,
-    Rendered,
     Resized,
     mixed_latent,
     read_photo,
@@ -103,9 +102,9 @@ def test_enlarged_is_what_the_model_upscales(enlarger, enlarged, scale, levels):
 
 
 def test_a_function_renders():
-    source = Rendered(lambda size, window: 2 * torch.ones(1, 3, *window[2:]))
-    assert torch.equal(source.render((8, 8), (0, 0, 2, 3)), torch.ones(3, 2, 3))
-    assert isinstance(sources.as_source(lambda size, window: None), Rendered)
+    for shape in ((3,), (1, 3)):  # one image, or a batch of one
+        source = sources.as_source(lambda size, window, s=shape: 2 * torch.ones(*s, *window[2:]))
+        assert torch.equal(source.render((8, 8), (0, 0, 2, 3)), torch.ones(3, 2, 3))
     assert isinstance(sources.as_source(image(4, 5)), Resized)
 
 

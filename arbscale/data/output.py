@@ -36,7 +36,8 @@ def check_output(path: Path, size: Size, quality: int = QUALITY) -> None:
     whole = f"{size[0]} x {size[1]}"
     for height, width in ((1, size[1]), (size[0], 1)):
         try:
-            written = _written_size(Image.new("RGB", (width, height)), kind, quality)
+            _save(Image.new("RGB", (width, height)), file := io.BytesIO(), kind, quality)
+            written = Image.open(file).size if kind in Image.OPEN else (width, height)
         except Exception as error:  # each format fails in its own way
             said = str(error) or type(error).__name__
             raise InputError(f"{path}: {whole} cannot be {kind} ({said}); {hint}") from error
@@ -52,18 +53,6 @@ def _kind(path: Path) -> str:
 
     Image.init()
     return Image.registered_extensions().get(path.suffix.lower(), "")
-
-
-def _written_size(image: Any, kind: str, quality: int) -> Size:
-    """Return the (width, height) of an image that is written in memory and read again."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    _save(image, file, kind, quality)
-    if kind not in Image.OPEN:
-        return image.size
-    with Image.open(file) as back:
-        return back.size
 
 
 def _save(image: Any, file: Any, kind: str, quality: int = QUALITY, exif: bytes = b"") -> None:

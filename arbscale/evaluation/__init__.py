@@ -6,10 +6,10 @@ from arbscale.evaluation.features import extractor
 from arbscale.evaluation.pairs import (
     Rows,
     evaluate_pairs,
+    get_protocol,
     lpips_or_why_not,
     pair_protocol,
     reconstruction_rows,
     upscaling_rows,
 )
-from arbscale.evaluation.protocols import get_protocol
 from arbscale.evaluation.resume import Partial

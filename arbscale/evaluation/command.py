@@ -18,13 +18,14 @@ from arbscale.evaluation import Partial, ablation, get_protocol, reports, sets
 from arbscale.evaluation import bench as benchmark
 from arbscale.evaluation.features import fingerprint, image_name
 from arbscale.evaluation.resume import wait_for_all
-from arbscale.evaluation.steps import STEPS, evaluate_steps
 from arbscale.model import ArbitraryScaleModel
 from arbscale.samplers import SAMPLERS, UPSCALING, Sampling
 from arbscale.store import InputError
 from arbscale.unet import launched, pick_device, pick_precision
 
 MAX_BATCH = 100_000  # of bench
+BENCH_SIZES = ((64, 64), (128, 128), (256, 256))
+DRAWN = "time and memory over the size are drawn beside it as PNG"
 MAX_NUMBER = 1_000_000  # of images to evaluate, whose features are held in memory
 MAX_SCALE = 64  # of evaluate; LPIPS of larger images would not fit into memory
 Output = Annotated[Path | None, arg(aliases=["-o"])]
@@ -190,14 +191,14 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
     if task == "steps":
         if options.steps or options.sampler or len(job.sizes) > 1:
             raise InputError(
-                f"--task steps takes one size, every sampler, and the steps {STEPS}; "
+                f"--task steps takes one size, every sampler, and the steps {sets.STEPS}; "
                 "leave --steps and --sampler out"
             )
-        choices["sampling"] |= {"steps": STEPS, "sampler": tuple(SAMPLERS)}
+        choices["sampling"] |= {"steps": sets.STEPS, "sampler": tuple(SAMPLERS)}
         del choices["precision and recall over"], choices["self_ssim"]
     report = reports.header(model, task, choices)
     partial = options.partial(report, fingerprint(real) + fingerprint(unseen))
-    measure = evaluate_steps if task == "steps" else sets.evaluate_generation
+    measure = sets.evaluate_steps if task == "steps" else sets.evaluate_generation
     report["results"] = measure(job, partial)
     return report, partial
 
@@ -218,50 +219,26 @@ def _report(report: dict, output: Path | None) -> None:
     print(reports.table(report))
 
 
-def table(files: Positional[tuple[Path, ...]]) -> None:
-    """Print the results of evaluate, bench and ablate as one markdown document.
-
-    Parameters
-    ----------
-    files
-        JSON files, or folders of them.
-
-    """
+def table(
+    files: Annotated[Positional[tuple[Path, ...]], arg(help="JSON files, or folders of them")],
+) -> None:
+    """Print the results of evaluate, bench and ablate as one markdown document."""
     if not files:
         raise InputError("name JSON files, or folders of them")
     print(reports.document(files))
 
 
 def bench(
-    model: Positional[str] = "cats",
+    model: Annotated[Positional[str], arg(help="name or folder")] = "cats",
     *,
-    sizes: tuple[Size, ...] = ((64, 64), (128, 128), (256, 256)),
-    batch: int = 1,
-    steps: int = 20,
-    seconds: float = 2.0,
-    quick: bool = False,
-    output: Output = None,
+    sizes: Annotated[tuple[Size, ...], arg(help="of the output: 128 or 75x100")] = BENCH_SIZES,
+    batch: Annotated[int, arg(help="images per call")] = 1,
+    steps: Annotated[int, arg(help="denoising steps")] = 20,
+    seconds: Annotated[float, arg(help="spent on each row")] = 2.0,
+    quick: Annotated[bool, arg(help="time each row once")] = False,
+    output: Annotated[Path | None, arg(aliases=["-o"], help=f"a JSON file; {DRAWN}")] = None,
 ) -> None:
-    """Time a model at each size, and ways to render up to 16,384 px beside the released form.
-
-    Parameters
-    ----------
-    model
-        Name or folder.
-    sizes
-        Of the output: 128 or 75x100.
-    batch
-        Images per call.
-    steps
-        Denoising steps.
-    seconds
-        Spent on each row.
-    quick
-        Time each row once.
-    output
-        A JSON file; time and memory over the size are drawn beside it as PNG.
-
-    """
+    """Time a model at each size, and ways to render up to 16,384 px beside the released form."""
     if not 1 <= batch <= MAX_BATCH:
         raise InputError(f"--batch is from 1 to {MAX_BATCH}, got {batch}")
     if not sizes or not 0 <= seconds < float("inf"):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arbscale.data import resize, to_uint8
+from arbscale.data.folders import image_files
 from arbscale.evaluation.resume import kept
 from arbscale.store import InputError, content_key, reading, sha256
 
@@ -82,15 +83,11 @@ def _encoder(name: str, device: torch.device) -> Extractor:
 
     model = ArbitraryScaleModel.load(ENCODER)
     encoder = model.first_stage.encoder.to(device)
+    encoder.conv = encoder.head = torch.nn.Identity()  # to end with what the last one sees
 
     def network(levels: Tensor) -> Tensor:
-        found: list[Tensor] = []
-        handle = encoder.conv.register_forward_pre_hook(lambda _, inputs: found.append(*inputs))
-        try:
-            encoder(resize(levels.float() / 127.5 - 1, 128))
-        finally:
-            handle.remove()
-        return F.adaptive_avg_pool2d(found[0], 2).flatten(1)  # (B, C, 2, 2) -> (B, 4 C)
+        found = encoder(resize(levels.float() / 127.5 - 1, 128))
+        return F.adaptive_avg_pool2d(found, 2).flatten(1)  # (B, C, 2, 2) -> (B, 4 C)
 
     width = 4 * encoder.norm.num_channels
     label = f"{ENCODER}'s encoder at 128 px, normalised middle activations, means over the quarters"
@@ -102,7 +99,7 @@ def _alexnet(name: str, device: torch.device) -> Extractor:
     """Average the activations after the last convolution over an image of 224 px."""
     import torchvision
 
-    state = backbone_state(name)
+    state = alexnet_state()
     layers = torchvision.models.alexnet().features[:12]  # up to the last ReLU
     layers.load_state_dict({k.removeprefix("features."): v for k, v in state.items()})
     layers = layers.eval().to(device)
@@ -136,36 +133,27 @@ def _fidelity(name: str, device: torch.device) -> Extractor:
     return Extractor(name, label, width, key, lambda x: network(x)[0], device)
 
 
-def backbone_file(name: str) -> Path | None:
-    """Return where torchvision's ImageNet weights of "alexnet" or "squeezenet1_1" are, or None.
-
-    Looked for in torch hub's cache, then in the folder that ARBSCALE_WEIGHTS names.
-    """
+def alexnet_file() -> Path | None:
+    """Return AlexNet's weights in torch hub's cache, or in ARBSCALE_WEIGHTS' folder; or None."""
     folders = [_checkpoints()]
     if own := os.environ.get("ARBSCALE_WEIGHTS"):
         folders.append(Path(os.path.expanduser(own)))
-    stem = {"alexnet": "alexnet-owt"}.get(name, name)
     for folder in folders:
-        for path in (*sorted(folder.glob(f"{stem}-*.pth")), folder / f"{name}_features.pth"):
+        for path in (*sorted(folder.glob("alexnet-owt-*.pth")), folder / "alexnet_features.pth"):
             if path.is_file():
                 return path
     return None
 
 
-def backbone_state(name: str) -> dict[str, Tensor]:
-    """Return the convolutions `features.*` of torchvision's "alexnet" or "squeezenet1_1".
-
-    From `backbone_file`, else downloaded into torch hub's cache; FileNotFoundError where there is
-    no network either.
-    """
-    if path := backbone_file(name):
+def alexnet_state() -> dict[str, Tensor]:
+    """Return torchvision's convolutions `features.*`, downloaded where `alexnet_file` is None."""
+    if path := alexnet_file():
         state = _checked_state(path)
     else:
-        from torchvision import models
+        from torchvision.models import AlexNet_Weights
 
-        kinds = {"alexnet": models.AlexNet_Weights, "squeezenet1_1": models.SqueezeNet1_1_Weights}
-        mend = f"put {name}_features.pth into the folder that ARBSCALE_WEIGHTS names"
-        state = _hub_state(kinds[name].IMAGENET1K_V1.url, mend)
+        mend = "put alexnet_features.pth into the folder that ARBSCALE_WEIGHTS names"
+        state = _hub_state(AlexNet_Weights.IMAGENET1K_V1.url, mend)
     return {k: v for k, v in state.items() if k.startswith("features.")}
 
 
@@ -254,9 +242,8 @@ def fingerprint(images: Sequence[Tensor]) -> str:
 
     Scenes go by seed and place in their sequence, tensors by their numbers.
     """
-    if hasattr(images, "paths"):
-        stats = [(p.relative_to(images.root).as_posix(), p.stat()) for p in images.paths]
-        return content_key([(name, s.st_size, s.st_mtime_ns) for name, s in stats])
+    if files := image_files(images):
+        return content_key(files)
     if hasattr(images, "first"):
         return content_key("scenes", images.seed, images.first, images.count)
     return content_key([content_key(to_uint8(x).numpy().tobytes().hex()) for x in images])

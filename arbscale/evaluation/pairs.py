@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from arbscale import metrics
 from arbscale.coords import Size, scaled_size
-from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
-from arbscale.evaluation.protocols import Protocol, eight_bits
+from arbscale.data import (
+    ContinuousScenes,
+    low_high_pair,
+    random_crop,
+    render_scenes,
+    resize,
+    sample_scenes,
+    to_uint8,
+)
 from arbscale.evaluation.resume import Partial, shared
 from arbscale.model import ArbitraryScaleModel
 from arbscale.samplers import Sampling
@@ -24,6 +32,86 @@ Rows = dict[str, Tensor]
 
 OWN = "bicubic of own training-size output"
 HALF = "bicubic of own output at half the size"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a photograph becomes a low and a high image, and how two images are compared.
+
+    The low image is always the antialiased bicubic reduction (PIL, a = -0.5), rounded to 8 bits.
+    """
+
+    name: str
+    space: str  # of PSNR and SSIM: "rgb" or "y"
+    shave: int | None  # border left out beyond the scale rounded up, in pixels; None: no border
+    low_size: int | None = None  # side of the low image where it is fixed
+    crop: bool = False  # a fixed low size comes from a random crop, not from the whole square
+
+    def border(self, scale: float) -> int:
+        """Return the pixels left out on each side for PSNR and SSIM."""
+        return 0 if self.shave is None else math.ceil(scale) + self.shave
+
+    def pair(self, image: Tensor, scale: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the low and the high image of a photograph (3, H, W).
+
+        Whole photographs lose their last rows and columns, so that the high size is the scale times
+        the low one, rounded. With a fixed low size the photograph is cropped to a centred square
+        and reduced, or cropped at random (`seed`) where the protocol says so. ValueError where the
+        photograph is too small.
+        """
+        if self.low_size is None:
+            low, high = low_high_pair(image, scale)
+            return eight_bits(low), high
+        side = scaled_size((self.low_size,) * 2, scale)[0]
+        if min(image.shape[-2:]) < side:
+            found = "{} x {}".format(*image.shape[-2:])
+            raise InputError(f"{self.name} at x{scale:g} needs images from {side} px, got {found}")
+        if self.crop:
+            high = random_crop(image, side, torch.Generator().manual_seed(seed))
+        else:
+            high = resize(centre_crop(image, (1, 1)), side)
+        return eight_bits(resize(high, self.low_size)), high
+
+    def describe(self) -> dict:
+        """Return the choices as JSON can hold them."""
+        return {
+            **asdict(self),
+            "crop": "at random, seeded by the image's number" if self.crop else None,
+            "low": "antialiased bicubic (PIL, a = -0.5), 8 bits",
+            "psnr and ssim": "8 bits, mean of per-image values",
+        }
+
+
+_ALL = (
+    Protocol("whole", "rgb", None),
+    Protocol("benchmark", "y", 0),  # Set5 and its like
+    Protocol("div2k", "rgb", 6),
+    Protocol("paper_faces", "rgb", None, low_size=16),
+    Protocol("faces_128", "rgb", None, low_size=128),
+    Protocol("paper_div2k", "rgb", None, low_size=48, crop=True),
+)
+PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
+
+
+def get_protocol(name: str) -> Protocol:
+    """Return the protocol of that name; ValueError lists the names."""
+    if name not in PROTOCOLS:
+        raise InputError(f"unknown protocol {name!r}; take one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+def eight_bits(image: Tensor) -> Tensor:
+    """Round an image in [-1, 1] to 8 bits, as a file would."""
+    return to_uint8(image).float() / 127.5 - 1
+
+
+def centre_crop(image: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return the largest centred part (..., h, w) of that aspect ratio, height to width."""
+    height, width = image.shape[-2:]
+    scale = min(height / shape[0], width / shape[1])
+    h, w = (min(n, max(1, round(scale * m))) for n, m in zip((height, width), shape, strict=True))
+    top, left = (height - h) // 2, (width - w) // 2
+    return image[..., top : top + h, left : left + w]
 
 
 @torch.no_grad()
@@ -38,9 +126,22 @@ def reconstruction_rows(
     which is all that a fixed-size decoder offers; and from x4 on its output at half the size.
     """
     if isinstance(images, ContinuousScenes):
-        low, high = _scene_pair(images, index, model.preset.image_size, scale, rule)
+        if rule.low_size:
+            text = f"{rule.name} fixes the low size; scenes take whole, benchmark or div2k"
+            raise InputError(text)
+        scene, side = sample_scenes(1, images.seed, images.first + index), model.preset.image_size
+        low = eight_bits(render_scenes(scene, side)[0])
+        high = render_scenes(scene, scaled_size((side, side), scale))[0]
     else:
-        low, high = _whole_latents(model, *rule.pair(images[index], scale, index), scale)
+        low, high = rule.pair(images[index], scale, index)
+        factor = model.first_stage.factor
+        if min(low.shape[-2:]) < factor:
+            found = "{} x {} is smaller than a latent pixel".format(*low.shape[-2:])
+            raise InputError(f"{found}, {factor} px; take a smaller scale")
+        sides = tuple(n // factor * factor for n in low.shape[-2:])  # whole latent pixels
+        rows, columns = scaled_size(sides, scale)
+        high = high[..., :rows, :columns]
+        low = eight_bits(resize(high, sides))
     features = model.first_stage.features(model.first_stage.encode(low[None].to(model.device)))
     size = tuple(high.shape[-2:])
 
@@ -52,33 +153,6 @@ def reconstruction_rows(
         rows[HALF] = eight_bits(render(scaled_size(size, 0.5)))
     enlarged = {method: resize(image, size) for method, image in rows.items()}
     return {"truth": high[None], **enlarged, "ours (first stage)": render(size)}
-
-
-def _scene_pair(
-    scenes: ContinuousScenes, index: int, side: int, scale: float, rule: Protocol
-) -> tuple[Tensor, Tensor]:
-    """Return a scene at the training size and at `scale` times it, both exact."""
-    if rule.low_size:
-        raise InputError(f"{rule.name} fixes the low size; scenes take whole, benchmark or div2k")
-    scene = sample_scenes(1, scenes.seed, scenes.first + index)
-    size = scaled_size((side, side), scale)
-    return eight_bits(render_scenes(scene, side)[0]), render_scenes(scene, size)[0]
-
-
-def _whole_latents(
-    model: ArbitraryScaleModel, low: Tensor, high: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Crop a pair so that the low sides are multiples of the encoder's factor."""
-    factor = model.first_stage.factor
-    size = tuple(n // factor * factor for n in low.shape[-2:])
-    if min(size) == 0:
-        small = "{} x {}".format(*low.shape[-2:])
-        raise InputError(
-            f"{small} is smaller than a latent pixel, {factor} px; take a smaller scale"
-        )
-    rows, columns = scaled_size(size, scale)
-    high = high[..., :rows, :columns]
-    return eight_bits(resize(high, size)), high
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -20,17 +21,18 @@ from arbscale.evaluation.distances import (
     random_patches,
 )
 from arbscale.evaluation.features import Extractor, extractor, image_name, reference_features
-from arbscale.evaluation.protocols import centre_crop, eight_bits
+from arbscale.evaluation.pairs import centre_crop, eight_bits
 from arbscale.evaluation.resume import Partial, shared
 from arbscale.metrics import NEIGHBOURS, frechet_distance, precision_recall, self_ssim
 from arbscale.model import ArbitraryScaleModel
-from arbscale.samplers import Sampling
+from arbscale.samplers import SAMPLERS, Sampling
 from arbscale.store import InputError
 
 BATCH = 20  # images per piece of work: what an interruption costs at most
 LEAST = 2 * (NEIGHBOURS + 1)  # images: half of them must have their neighbours
 CONSISTENCY = 100  # images at most for SelfSSIM, which compares every pair of sizes
 REPEATS = 10  # random halves for an interval
+STEPS = (2, 3, 5, 10, 20, 50)  # of each sampler that `evaluate_steps` compares
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the distances to the nearest training image
 
 FEATURES = {"encoder": "encoder", "alexnet": "alexnet", "inception": "vgg16", "vgg16": "vgg16"}
@@ -231,9 +233,16 @@ def _rows(job: Job, size: Size, networks: dict[str, Extractor]) -> Iterator[dict
         if count < job.n:
             continue
         seen = features_of(job, size, method, networks)
-        distance, neighbours = job.features, FEATURES[job.features]
-        scores = compare_sets(seen, real, distance, neighbours, job.sampling.seed)
-        yield {"size": list(size), "method": method, "pictures": len(seen[distance]), **scores}
+        row = {"size": list(size), "method": method, "pictures": len(seen[job.features])}
+        for network, names, measure in (
+            (job.features, ("distance",), lambda a, b: (frechet_distance(a, b),)),
+            (FEATURES[job.features], ("precision", "recall"), precision_recall),
+        ):
+            pair = seen[network], real[network]
+            margins = interval(measure, *pair, REPEATS, job.sampling.seed)
+            for name, value, margin in zip(names, measure(*pair), margins, strict=True):
+                row |= {name: value, f"{name}_pm": margin}  # half-width of the interval
+        yield row
 
 
 def features_of(
@@ -252,30 +261,6 @@ def features_of(
 
     parts = shared(kept, range(0, count, BATCH), f"{spell}, {method}")
     return {name: torch.cat([part[name] for part in parts]) for name in networks}
-
-
-def compare_sets(
-    generated: dict[str, Tensor],
-    real: dict[str, Tensor],
-    distance: str,
-    neighbours: str,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Return distance, precision and recall, each with the half-width of its interval (`_pm`).
-
-    `generated` and `real` hold features (N, D) by network; `distance` and `neighbours` name the
-    network of the Fréchet distance and that of precision and recall.
-    """
-    scores = {}
-    for network, names, measure in (
-        (distance, ("distance",), lambda a, b: (frechet_distance(a, b),)),
-        (neighbours, ("precision", "recall"), precision_recall),
-    ):
-        pair = generated[network], real[network]
-        margins = interval(measure, *pair, REPEATS, seed)
-        for name, value, margin in zip(names, measure(*pair), margins, strict=True):
-            scores |= {name: value, f"{name}_pm": margin}
-    return scores
 
 
 def _consistency(job: Job) -> dict | None:
@@ -355,3 +340,52 @@ def _neighbours(job: Job, networks: dict[str, Extractor]) -> dict | None:
         found = nearest_distances(features_of(job, job.base, method, networks)[name], train)
         quantiles[method] = found.quantile(levels).tolist()
     return {"pictures": whole.count, "levels": list(QUANTILES), **quantiles}
+
+
+@torch.no_grad()
+def evaluate_steps(job: Job, partial: Partial) -> dict:
+    """Return `rows`, one for each sampler and number in `STEPS`, and the `ceiling`, if any.
+
+    A row holds the Fréchet distance to the reference at the job's first size, the half-width of its
+    interval (`distance_pm`), and the seconds that drawing one latent took: the median over the
+    batches, without decoding; on a CPU they are CPU seconds, which other programs do not lengthen.
+    All rows start from the same noise. The ceiling is the first stage of as many other real images.
+    """
+    job, name = replace(job, partial=partial), job.features
+    network = extractor(name, job.model.device)
+    real = job.real.features(job.sizes[0], network, "reference")
+    results = {"rows": []}
+    for sampler in SAMPLERS:
+        for steps in STEPS:
+            sampling = replace(job.sampling, steps=steps, sampler=sampler)
+            seen, seconds = _sampled(replace(job, sampling=sampling), network)
+            row = {"sampler": sampler, "steps": steps, "seconds": seconds}
+            results["rows"].append(row | _distance(seen, real))
+    if job.others.count == job.n:
+        seen = features_of(job, job.sizes[0], CEILING, {name: network})[name]
+        results["ceiling"] = _distance(seen, real)
+    return results
+
+
+def _sampled(job: Job, network: Extractor) -> tuple[Tensor, float]:
+    """Return the features (N, D) of the job's images, and the seconds that one latent took."""
+    what = f"{job.sampling.sampler}, {job.sampling.steps} steps"
+    clock = time.process_time if job.model.device.type == "cpu" else time.perf_counter
+
+    def piece(start: int) -> dict[str, Tensor]:
+        started = clock()
+        z = job.sample(start)
+        seconds = torch.tensor([(clock() - started) / len(z)])
+        return {"seen": network(decode(job.model, z, job.sizes[0])), "seconds": seconds}
+
+    def kept(start: int) -> dict[str, Tensor]:
+        return job.partial.tensors(f"{what}, {start:06d}", lambda: piece(start))
+
+    parts = shared(kept, range(0, job.n, BATCH), what)
+    seen, seconds = (torch.cat([part[key] for part in parts]) for key in ("seen", "seconds"))
+    return seen, seconds.median().item()
+
+
+def _distance(seen: Tensor, real: Tensor) -> dict[str, float]:
+    (margin,) = interval(lambda a, b: (frechet_distance(a, b),), seen, real, REPEATS)
+    return {"distance": frechet_distance(seen, real), "distance_pm": margin}

@@ -26,10 +26,9 @@ from arbscale.coords import cell, grid
 from arbscale.data import resize
 from arbscale.model import ArbitraryScaleModel
 from arbscale.presets import Preset, build_decoder
-from arbscale.training.adversary import PatchDiscriminator
 from arbscale.training.draws import step_generator
 from arbscale.training.loop import Run, Stage, optimise
-from arbscale.training.losses import lattice, perceptual
+from arbscale.training.losses import PatchDiscriminator, lattice, perceptual
 from arbscale.training.pruning import inherit
 from arbscale.training.resample import Resample
 from arbscale.training.sources import Batch, Source

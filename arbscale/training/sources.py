@@ -6,7 +6,6 @@ random numbers of all of it and reads its own part.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from torch.utils.data import Subset
 from arbscale import store
 from arbscale.coords import cell
 from arbscale.data import Scenes, render_scenes, resize, sample_scenes, scene_colors, training_crop
+from arbscale.data.folders import image_files
 from arbscale.presets import Preset
 from arbscale.store import InputError
 
@@ -149,24 +149,17 @@ class PhotoSource:
     @cached_property
     def identity(self) -> str | None:
         """Which photographs and sides these are; None where only reading them all could tell."""
-        images = self._files and [(name, s.st_size, s.st_mtime_ns) for name, s in self._files]
         whole = self.images.dataset if isinstance(self.images, Subset) else self.images
-        if isinstance(whole, list | tuple):  # in memory
-            images = [*self.images]
+        images = [*self.images] if isinstance(whole, list | tuple) else image_files(self.images)
         drawn = f"{self.sides}, {self.flat} flat" if self.flat else f"{self.sides}"
         return images and f"photographs {store.content_key(images)}, crops {drawn}"
 
     @cached_property
     def contents(self) -> dict[str, Any]:
         """The files by name with their sizes, wherever their folder is, and the crops' sides."""
-        images: Any = self.identity or f"{len(self.images)} images"
-        if self._files:
-            images = {name: s.st_size for name, s in self._files}
+        images: Any = {name: size for name, size, _ in image_files(self.images) or ()}
+        images = images or self.identity or f"{len(self.images)} images"
         return {"images": images, "sides": list(self.sides)}
-
-    @cached_property
-    def _files(self) -> list[tuple[str, os.stat_result]] | None:
-        return _files(self.images)
 
 
 def scene_source(count: int = 1 << 20, seed: int = 0) -> SceneSource:
@@ -186,13 +179,3 @@ def whole_source(images: Sequence[Tensor]) -> PhotoSource:
     if height != width:
         raise InputError(f"an image of {height} x {width} is not square; crop it, or omit --whole")
     return PhotoSource(images, (height, width))
-
-
-def _files(images: Any) -> list[tuple[str, os.stat_result]] | None:
-    """Return the images' files by their names below their folder; None for other images."""
-    if isinstance(images, Subset):
-        files = _files(images.dataset)
-        return files and [files[i] for i in images.indices]
-    if not hasattr(images, "paths"):
-        return None
-    return [(path.relative_to(images.root).as_posix(), path.stat()) for path in images.paths]

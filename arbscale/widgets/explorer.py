@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from arbscale.samplers import SAMPLERS, UPSCALING, Sampling
 from arbscale.store import InputError
 from arbscale.widgets.recipe import Settings
 from arbscale.widgets.sources import Photo, encoded, read_photo, rendered_png
-from arbscale.widgets.subjects import Enlarger, Generator, Subject, extra_rivals, given, opened
+from arbscale.widgets.subjects import Generator, Subject, extra_rivals, given, larger, opened
 from arbscale.widgets.view import View, bounded, parse_size
 from arbscale.widgets.worker import Cancelled, Check, Worker
 
@@ -124,8 +125,8 @@ class ScaleExplorer(anywidget.AnyWidget):
             self._subject = self._generator.subject(self._settings)
         elif self.kind == "enlarge":
             self._photo = opened(image, limit, extra)
-            self._enlarger = Enlarger(model, other)
-            self._subject = self._enlarger.subject(self._photo, self._settings)
+            self._enlarged = partial(larger, model, other)
+            self._subject = self._enlarged(self._photo, self._settings)
         else:
             self._subject = given(model, features, size, extra)
         self.options = {
@@ -272,7 +273,7 @@ class ScaleExplorer(anywidget.AnyWidget):
                 if self.kind == "generate":
                     subject = self._generator.subject(settings, self._watch(settings, progress))
                 else:
-                    subject = self._enlarger.subject(self._photo, settings, progress)
+                    subject = self._enlarged(self._photo, settings, progress)
             finally:
                 self._coming = None
             self._settings = settings
@@ -314,7 +315,7 @@ class ScaleExplorer(anywidget.AnyWidget):
 
         def work(progress: Progress) -> Subject:
             photo = Photo.reduced(read_photo(content, name), name, self._limit)
-            subject = self._enlarger.subject(photo, self._settings, progress)
+            subject = self._enlarged(photo, self._settings, progress)
             self._photo = photo
             return subject
 

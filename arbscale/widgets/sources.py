@@ -9,10 +9,10 @@ from __future__ import annotations
 import io
 import math
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,14 +87,14 @@ class Enlarged:
 
     def _paint(self, tile: Tile, size: Size, y: Tensor, x: Tensor, cells: Tensor) -> Tensor:
         """Return a tile's colours (3, rows, columns); the rest is as `tile.axes` gives it."""
-        features, correction = self._decoded(tile)
+        features, correction = self.decoded(tile)
         places = (part.to(features) for part in (y, x, cells[None]))
         rgb = self.model.first_stage.liif.query_grid(features, *places)[0].cpu()
         h, w = correction.shape[-2:]
-        rgb = rgb + _sampled(correction, (y + 1) * (h / 2), (x + 1) * (w / 2), (1.0, 1.0))
+        rgb = rgb + _sampled(correction, (y + 1) * (h / 2), (x + 1) * (w / 2))
         return rgb.clamp(-1, 1)
 
-    def _decoded(self, tile: Tile) -> tuple[Tensor, Tensor]:
+    def decoded(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """Return a tile's features and its back-projection (3, h, w), computed once."""
         if tile not in self._tiles:
             stage, low = self.model.first_stage, tile.cut(self.low)
@@ -106,14 +106,6 @@ class Enlarged:
             second = low - bicubic(rgb + bicubic(first, size), (low.shape[-2], low.shape[-1]))
             self._tiles[tile] = features, first + second
         return self._tiles[tile]
-
-    def decode(self, progress: Progress) -> None:
-        """Prepare every tile; `progress(done, total)` after each."""
-        spans = self.model.tiles(self.base)
-        for done, tile in enumerate(spans, 1):
-            with torch.no_grad():
-                self._decoded(tile)
-            progress(done, len(spans))
 
 
 class Resized:
@@ -135,75 +127,53 @@ class Resized:
         return self.image[:, rows][:, :, columns]
 
 
-class OwnOutput:
+class OwnOutput(Resized):
     """Another source's output at one size, resized; it is rendered when it is first asked for."""
 
     def __init__(self, source: Source, size: Size, nearest: bool = False):
         self.source, self.base, self.nearest = source, size, nearest
 
     @cached_property
-    def _resized(self) -> Resized:
-        return Resized(self.source.render(self.base, (0, 0, *self.base)), self.nearest)
-
-    def render(self, size: Size, window: Window) -> Tensor:
-        """Resize what the window shows."""
-        return self._resized.render(size, window)
-
-
-class Rendered:
-    """A function `(size, window) -> (3, height, width)` as a source.
-
-    A batch of one is taken too, as `render_scenes` and `FirstStage.render` return it.
-    """
-
-    def __init__(self, function: Callable[[Size, Window], Tensor], base: Size = (1, 1)):
-        self.function, self.base = function, base
-
-    def render(self, size: Size, window: Window) -> Tensor:
-        """Ask the function."""
-        rgb = self.function(size, window)
-        return (rgb[0] if rgb.ndim == 4 else rgb).clamp(-1, 1).cpu()
+    def image(self) -> Tensor:
+        """What is resized."""
+        return self.source.render(self.base, (0, 0, *self.base))
 
 
 def as_source(given: Any) -> Source:
-    """Take an image (PIL, array or tensor) as one to resize; a function (size, window) renders."""
+    """Take an image (PIL, array or tensor) as one to resize; a function (size, window) renders.
+
+    The function returns (3, height, width), or a batch of one, as `render_scenes` does.
+    """
     from arbscale.data import to_tensor
 
     if callable(given):
-        return Rendered(given)
+
+        def render(size: Size, window: Window) -> Tensor:
+            return given(size, window).reshape(3, *window[2:]).clamp(-1, 1).cpu()
+
+        return SimpleNamespace(base=(1, 1), render=render)
     return Resized(fitted(to_tensor(given).cpu(), 4 * MAX_TRUTH))
 
 
 def bicubic(image: Tensor, size: Size, window: Window | None = None) -> Tensor:
     """Resize (3, h, w) as `data.resize`, unclamped: antialiased, a = -0.5, or a window of it."""
     top, left, height, width = window or (0, 0, *size)
-    axes = (top, height, image.shape[-2], size[0]), (left, width, image.shape[-1], size[1])
-    (y, x), shrinks = (
-        [
-            (torch.arange(start, start + n, dtype=torch.float64) + 0.5) * (m / total)
-            for start, n, m, total in axes
-        ],
-        [max(1.0, m / total) for *_, m, total in axes],
+    steps = [n / total for n, total in zip(image.shape[-2:], size, strict=True)]
+    spans = (top, top + height), (left, left + width)
+    y, x = (
+        (torch.arange(*span, dtype=torch.float64) + 0.5) * step
+        for span, step in zip(spans, steps, strict=True)
     )
-    return _sampled(image, y, x, (shrinks[0], shrinks[1]))
+    return _sampled(image, y, x, *(max(1.0, step) for step in steps))
 
 
-def _sampled(image: Tensor, y: Tensor, x: Tensor, shrinks: tuple[float, float]) -> Tensor:
-    """Filter (3, h, w) at centres y and x, in its pixels, with cubics `shrinks` times as wide."""
-    (rows, by_row), (columns, by_column) = (
-        _weights(centres, n, shrink)
-        for centres, n, shrink in zip((y, x), image.shape[-2:], shrinks, strict=True)
-    )
-    return by_row @ image[:, rows, columns] @ by_column.mT  # (3, len(y), len(x))
-
-
-def _weights(centres: Tensor, n: int, shrink: float) -> tuple[slice, Tensor]:
-    """Return which of n pixels are needed, and the weight (len(centres), needed) of each."""
-    reach = 2 * shrink
-    first = max(0, math.floor(float(centres.min()) - reach))
-    last = min(n, math.ceil(float(centres.max()) + reach))
-    pixels = torch.arange(first, last, dtype=torch.float64) + 0.5
-    return slice(first, last), cubic((pixels - centres[:, None]) / shrink)
+def _sampled(image: Tensor, y: Tensor, x: Tensor, tall: float = 1.0, wide: float = 1.0) -> Tensor:
+    """Filter (3, h, w) at centres y and x, in its pixels, with cubics so many times as large."""
+    for centres, shrink in ((y, tall), (x, wide)):
+        first = max(0, math.floor(float(centres.min()) - 2 * shrink))
+        last = math.ceil(float(centres.max()) + 2 * shrink)
+        image = cubic(image[:, first:last], centres, shrink, first).mT
+    return image  # (3, len(y), len(x))
 
 
 # Latents ------------------------------------------------------------------------------------------
@@ -255,7 +225,9 @@ def enlarge(
     total = (sampling.steps + 1) * len(spans)
     z = model._sample_tiles(low, spans, sampling, lambda done, _: progress(done, total))
     source = Enlarged(model, low, z)
-    source.decode(lambda done, _: progress(sampling.steps * len(spans) + done, total))
+    for done, tile in enumerate(spans, sampling.steps * len(spans) + 1):
+        source.decoded(tile)
+        progress(done, total)
     return source
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +26,6 @@ from arbscale.widgets.sources import (
     mixed_latent,
 )
 
-KEPT_LATENTS = 32
 Rivals = dict[str, tuple[str, Source]]
 """What stands on the right: label and source by key."""
 
@@ -64,7 +62,7 @@ class Generator:
         self, model: ArbitraryScaleModel, other: ArbitraryScaleModel | None, extra: Rivals
     ):
         self.model, self.other, self.extra = model, other, extra
-        self._latents: OrderedDict[Any, Tensor] = OrderedDict()
+        self._latents: dict[Any, Tensor] = {}
 
     def subject(self, settings: Settings, callback: Callback | None = None) -> Subject:
         """Draw; `callback(i, z_t, z_0)` after each step of the first model, latents scaled."""
@@ -84,41 +82,35 @@ class Generator:
     ) -> Painted:
         grid = model.latent_grid(settings.size)
         key = id(model), replace(settings, size=grid)
-        if key not in self._latents:
+        if key not in self._latents:  # a few kilobytes each
             seeds = settings.seed, settings.to_seed
             how = settings.share, settings.steps, settings.sampler
             self._latents[key] = mixed_latent(model, seeds, *how, grid, callback)
-            while len(self._latents) > KEPT_LATENTS:
-                self._latents.popitem(last=False)
         return Painted.of(model.first_stage, self._latents[key], self.base(settings))
 
 
-@dataclass
-class Enlarger:
-    """Photographs under super-resolution by a model, and by another one."""
-
-    model: ArbitraryScaleModel
-    other: ArbitraryScaleModel | None
-
-    def subject(
-        self, photo: Photo, settings: Settings, progress: Progress | None = None
-    ) -> Subject:
-        """Enlarge; `progress(done, total)` after each step of each tile."""
-        quiet = progress or (lambda done, total: None)
-        source = enlarge(self.model, photo.low, settings.sampling, quiet)
-        trained = self.model.preset.image_size / self.model.preset.low_size
-        rivals: Rivals = {
-            "bicubic": ("the input, bicubic", Resized(photo.low)),
-            "nearest": ("the input, nearest", Resized(photo.low, nearest=True)),
-            "own": own(source, scaled_size(source.base, trained))["bicubic"],
-        }
-        if photo.truth is not None:
-            rivals["truth"] = "ground truth", Resized(photo.truth)
-        if self.other is not None:
-            other = enlarge(self.other, photo.low, settings.sampling, quiet)
-            rivals["other"] = f"{self.other.preset.name}, the other model", other
-        code = partial(enlarger_code, self.model, settings, photo)
-        return Subject(source, rivals | photo.extra, code, photo.note)
+def larger(
+    model: ArbitraryScaleModel,
+    other: ArbitraryScaleModel | None,
+    photo: Photo,
+    settings: Settings,
+    progress: Progress = lambda done, total: None,
+) -> Subject:
+    """Enlarge a photograph by one or two models; `progress` after each step of each tile."""
+    source = enlarge(model, photo.low, settings.sampling, progress)
+    trained = model.preset.image_size / model.preset.low_size
+    rivals: Rivals = {
+        "bicubic": ("the input, bicubic", Resized(photo.low)),
+        "nearest": ("the input, nearest", Resized(photo.low, nearest=True)),
+        "own": own(source, scaled_size(source.base, trained))["bicubic"],
+    }
+    if photo.truth is not None:
+        rivals["truth"] = "ground truth", Resized(photo.truth)
+    if other is not None:
+        again = enlarge(other, photo.low, settings.sampling, progress)
+        rivals["other"] = f"{other.preset.name}, the other model", again
+    code = partial(enlarger_code, model, settings, photo)
+    return Subject(source, rivals | photo.extra, code, photo.note)
 
 
 def own(source: Source, size: Size) -> Rivals:

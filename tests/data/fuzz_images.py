@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from arbscale.data import ImageFolder, load_image
-from arbscale.data.check import check_file
+from arbscale.data.folders import check_file
 
 SECONDS = 60  # of one group of files; far above what any needs
 GROUP = 50

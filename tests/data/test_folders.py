@@ -15,8 +15,7 @@ from PIL import Image
 from arbscale import data
 from arbscale.__main__ import main
 from arbscale.data import ImageFolder, folders, images, load_image
-from arbscale.data.check import check_folder
-from arbscale.data.folders import partition
+from arbscale.data.folders import check_folder, partition
 from arbscale.data.images import open_image
 
 
@@ -495,5 +494,5 @@ def test_check_says_which_split_is_missing(tmp_path, capsys):
 
 def test_a_file_deleted_during_the_check(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr("arbscale.data.check.scan_folder", lambda root: (["gone.png"], []))
+    monkeypatch.setattr("arbscale.data.folders.scan_folder", lambda root: (["gone.png"], []))
     assert check_folder(tmp_path).files[0].problem

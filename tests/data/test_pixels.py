@@ -10,7 +10,7 @@ from PIL import Image
 
 from arbscale import data
 from arbscale.data import images, pixels
-from arbscale.data.check import check_file
+from arbscale.data.folders import check_file
 from arbscale.data.images import open_image, open_upright
 
 CASES = image_formats.cases()

@@ -12,7 +12,7 @@ import torch
 from arbscale import ArbitraryScaleModel, presets
 from arbscale.__main__ import main
 from arbscale.data import ImageFolder, to_pil
-from arbscale.evaluation import command, reports, sets
+from arbscale.evaluation import reports, sets
 from arbscale.evaluation.command import Options
 from arbscale.evaluation.features import Extractor
 from arbscale.samplers import SAMPLERS
@@ -95,7 +95,7 @@ def test_generation_takes_as_many_images_as_every_row_can_have(tiny, tmp_path, m
 
     assert rows() == [(method, 9) for method in (sets.OURS, sets.CEILING, sets.FLOOR)]
     assert rows("-n", "10") == [(sets.OURS, 10)] and "--number 9" in capsys.readouterr().err
-    monkeypatch.setattr(command, "evaluate_steps", lambda job, partial: {"rows": [], "n": job.n})
+    monkeypatch.setattr(sets, "evaluate_steps", lambda job, partial: {"rows": [], "n": job.n})
     output = tmp_path / "steps.json"
     words = ["--task", "steps", "--data", str(tmp_path / "data"), "-o", str(output)]
     assert main(["evaluate", str(tiny), *words]) == 0
@@ -104,6 +104,8 @@ def test_generation_takes_as_many_images_as_every_row_can_have(tiny, tmp_path, m
     assert report["protocol"]["sampling"]["sampler"] == list(SAMPLERS)
     assert main(["evaluate", str(tiny), *words, "--steps", "3"]) == 2
     assert "--steps" in capsys.readouterr().err
+    assert main(["evaluate", str(tiny), *words, "--split", "all"]) == 2
+    assert "--split" in capsys.readouterr().err
     words = ["--task", "generate", "--data", str(tmp_path / "data"), "--reference", "0"]
     assert main(["evaluate", str(tiny), *words]) == 2
     assert "--reference" in capsys.readouterr().err

@@ -15,8 +15,8 @@ from arbscale.data import ContinuousScenes, ImageFolder, resize, to_pil
 from arbscale.evaluation import extractor, features
 from arbscale.evaluation.features import (
     Extractor,
-    backbone_file,
-    backbone_state,
+    alexnet_file,
+    alexnet_state,
     fingerprint,
     reference_features,
 )
@@ -91,48 +91,46 @@ def test_extractors_refuse_what_is_no_picture():
         extractor("clip")
 
 
-def test_backbones_are_searched_for_in_order(tmp_path, monkeypatch):
+def test_alexnet_is_searched_for_in_order(tmp_path, monkeypatch):
     own, cache = tmp_path / "own", tmp_path / "torch/hub/checkpoints"
     own.mkdir()
     cache.mkdir(parents=True)
     monkeypatch.delenv("ARBSCALE_WEIGHTS", raising=False)
-    assert backbone_file("alexnet") is None
+    assert alexnet_file() is None
     with pytest.raises(FileNotFoundError, match="alexnet_features.pth.*ARBSCALE_WEIGHTS"):
-        backbone_state("alexnet")
+        alexnet_state()
     state = {"features.0.weight": torch.ones(1), "classifier.1.weight": torch.ones(1)}
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: state)
-    assert list(backbone_state("alexnet")) == ["features.0.weight"]
+    assert list(alexnet_state()) == ["features.0.weight"]
     monkeypatch.setenv("ARBSCALE_WEIGHTS", str(own))
     torch.save({"features.0.weight": torch.zeros(2)}, own / "alexnet_features.pth")
-    assert backbone_file("alexnet") == own / "alexnet_features.pth"
-    assert backbone_state("alexnet")["features.0.weight"].shape == (2,)
+    assert alexnet_file() == own / "alexnet_features.pth"
+    assert alexnet_state()["features.0.weight"].shape == (2,)
     torch.save(state, cache / "alexnet-owt-7be5be79.pth")
-    assert backbone_file("alexnet") == cache / "alexnet-owt-7be5be79.pth"
-    torch.save(state, own / "squeezenet1_1-b8a52dc0.pth")
-    assert backbone_file("squeezenet1_1") == own / "squeezenet1_1-b8a52dc0.pth"
+    assert alexnet_file() == cache / "alexnet-owt-7be5be79.pth"
 
 
-@pytest.mark.parametrize("name", ["inception", "vgg16", "alexnet", "squeezenet1_1"])
+@pytest.mark.parametrize("name", ["inception", "vgg16", "alexnet"])
 def test_weights_in_torch_hubs_cache_are_checked_by_their_hash(name, tmp_path, monkeypatch):
     pytest.importorskip("torch_fidelity")
     files = {
         "inception": "weights-inception-2015-12-05-6726825d.pth",
         "vgg16": "vgg16-397923af.pth",
+        "alexnet": "alexnet-owt-7be5be79.pth",
     }
-    files |= {"alexnet": "alexnet-owt-7be5be79.pth", "squeezenet1_1": "squeezenet1_1-b8a52dc0.pth"}
     path = tmp_path / "torch/hub/checkpoints" / files[name]
     path.parent.mkdir(parents=True)
     torch.save({"features.0.weight": torch.zeros(1)}, path)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: torch.load(path))
     with pytest.raises(ValueError, match=path.name):
-        extractor(name) if name in ("inception", "vgg16") else backbone_state(name)
+        extractor(name) if name in ("inception", "vgg16") else alexnet_state()
     digits = path.stem.rpartition("-")[2]
     monkeypatch.setattr(features, "sha256", lambda path: digits + "0" * 56)
     if name in ("inception", "vgg16"):  # all of their digits are known
         with pytest.raises(ValueError, match=features.SHA256[digits]):
             extractor(name)
     else:
-        assert list(backbone_state(name)) == ["features.0.weight"]
+        assert list(alexnet_state()) == ["features.0.weight"]
 
 
 @pytest.mark.parametrize("name", ["inception", "vgg16", "alexnet"])
@@ -155,7 +153,7 @@ def test_a_file_of_something_else_is_named(content, tmp_path, monkeypatch):
     monkeypatch.setenv("ARBSCALE_WEIGHTS", str(tmp_path))
     (tmp_path / "alexnet_features.pth").write_bytes(content)
     with pytest.raises(ValueError, match="alexnet_features.pth"):
-        backbone_state("alexnet")
+        alexnet_state()
 
 
 def mean_colours(images):

@@ -9,7 +9,7 @@ import torch
 
 from arbscale import ArbitraryScaleModel, presets
 from arbscale.data import ContinuousScenes, resize
-from arbscale.evaluation import Partial, features, sets, steps
+from arbscale.evaluation import Partial, features, sets
 from arbscale.evaluation.features import Extractor
 from arbscale.evaluation.sets import (
     CEILING,
@@ -218,9 +218,9 @@ def test_the_real_encoder_serves(job, monkeypatch):
 
 @pytest.mark.slow
 def test_steps_are_compared_on_one_noise(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "STEPS", (1, 3))
+    monkeypatch.setattr(sets, "STEPS", (1, 3))
     partial = Partial(tmp_path / "p", {})
-    found = steps.evaluate_steps(job, partial)
+    found = sets.evaluate_steps(job, partial)
     assert [(row["sampler"], row["steps"]) for row in found["rows"]] == [
         (sampler, n) for sampler in SAMPLERS for n in (1, 3)
     ]
@@ -236,9 +236,9 @@ def test_steps_are_compared_on_one_noise(job, tmp_path, monkeypatch):
     assert one_step == pytest.approx([one_step[0]] * len(one_step))  # all are the first estimate
     assert "ceiling" not in found  # 24 other images, 22 samples: not as many
     CALLS.clear()
-    assert steps.evaluate_steps(job, partial) == found and CALLS == []  # from the kept pieces
+    assert sets.evaluate_steps(job, partial) == found and CALLS == []  # from the kept pieces
     others = RealPictures(job.others.images, 22)
     whole = evaluate_generation(dataclasses.replace(job, sizes=((32, 32),)), partial)["rows"]
-    ceiling = steps.evaluate_steps(dataclasses.replace(job, others=others), partial)["ceiling"]
+    ceiling = sets.evaluate_steps(dataclasses.replace(job, others=others), partial)["ceiling"]
     row = next(row for row in whole if row["method"] == CEILING)
     assert ceiling["distance"] == pytest.approx(row["distance"])

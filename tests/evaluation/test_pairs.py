@@ -16,8 +16,7 @@ from arbscale.evaluation import (
     reconstruction_rows,
     upscaling_rows,
 )
-from arbscale.evaluation.pairs import HALF, OWN, score
-from arbscale.evaluation.protocols import PROTOCOLS, eight_bits
+from arbscale.evaluation.pairs import HALF, OWN, PROTOCOLS, eight_bits, score
 from arbscale.samplers import Sampling
 from arbscale.tiles import back_project
 

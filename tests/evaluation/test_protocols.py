@@ -8,7 +8,7 @@ import torch
 
 from arbscale.data import to_pil, to_uint8
 from arbscale.evaluation import get_protocol
-from arbscale.evaluation.protocols import PROTOCOLS, centre_crop
+from arbscale.evaluation.pairs import PROTOCOLS, centre_crop
 
 
 def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -10,8 +10,8 @@ from arbscale import presets
 from arbscale.__main__ import main
 from arbscale.model import ArbitraryScaleModel
 from arbscale.training import Run, scene_source, train_decoder
-from arbscale.training.adversary import PatchDiscriminator
 from arbscale.training.first_stage import DecoderStage
+from arbscale.training.losses import PatchDiscriminator
 
 SOURCE = scene_source(count=200)
 
