@@ -211,6 +211,15 @@ def test_another_aspect_ratio_is_drawn(explorer):
     assert not answer["stretched"]
 
 
+def test_another_aspect_ratio_keeps_what_is_being_drawn(explorer, monkeypatch):
+    """A size that is typed while a drawing is under way is drawn from the seed of that drawing."""
+    coming = explorer._settings.__class__(seed=5, steps=1, sampler="ddim", size=(32, 32))
+    explorer._coming, drawn = coming, []
+    monkeypatch.setattr(explorer, "_draw", drawn.append)
+    ask(explorer, typed="24x48")
+    assert [(one.seed, one.sampler, one.size) for one in drawn] == [(5, "ddim", (24, 48))]
+
+
 def test_latents_are_kept_within_bounds(model, explorer):
     for seed in range(40):
         explorer._generator.subject(explorer._settings.__class__(seed=seed, steps=1, size=(32, 32)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ from arbscale.widgets.sources import (
     mixed_latent,
 )
 
+KEPT_LATENTS = 32
 Rivals = dict[str, tuple[str, Source]]
 """What stands on the right: label and source by key."""
 
@@ -62,7 +64,7 @@ class Generator:
         self, model: ArbitraryScaleModel, other: ArbitraryScaleModel | None, extra: Rivals
     ):
         self.model, self.other, self.extra = model, other, extra
-        self._latents: dict[Any, Tensor] = {}
+        self._latents: OrderedDict[Any, Tensor] = OrderedDict()
 
     def subject(self, settings: Settings, callback: Callback | None = None) -> Subject:
         """Draw; `callback(i, z_t, z_0)` after each step of the first model, latents scaled."""
@@ -82,10 +84,12 @@ class Generator:
     ) -> Painted:
         grid = model.latent_grid(settings.size)
         key = id(model), replace(settings, size=grid)
-        if key not in self._latents:  # a few kilobytes each
+        if key not in self._latents:
             seeds = settings.seed, settings.to_seed
             how = settings.share, settings.steps, settings.sampler
             self._latents[key] = mixed_latent(model, seeds, *how, grid, callback)
+            while len(self._latents) > KEPT_LATENTS:
+                self._latents.popitem(last=False)
         return Painted.of(model.first_stage, self._latents[key], self.base(settings))
 
 
