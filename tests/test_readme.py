@@ -39,7 +39,7 @@ def losses(data: str, *contestants: str) -> list[str]:
     for contestant in contestants:
         runs = [run for run in results("ablation")["runs"] if run["data"] == data]
         values = [run["loss"] for run in runs if run["contestant"] == contestant]
-        found.append(f"{statistics.mean(values):.3g} ± {statistics.stdev(values):.1g}")
+        found.append(f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}")
     return found
 
 
@@ -58,7 +58,7 @@ def expected() -> list[tuple[str, str, list[str]]]:
         (cats, "PSNR (dB)", pairs(cats, "psnr", 2, *both, scale="2")),
         ("cats/generation", "Fréchet distance, AlexNet", cats_128),
         ("cats/speed", "ms per image", milliseconds("cats/speed", 512, *forms)),
-        ("ablation", "held-out loss", losses("cats", "unet_transformer", "unet")),
+        ("ablation", "held-out loss", losses("scenes", "unet_transformer", "unet")),
     ]
 
 

@@ -30,7 +30,7 @@ from arbscale.presets import Preset
 from arbscale.store import InputError, content_key
 from arbscale.unet import pick_device
 
-FIRST_STAGES = {"scenes": ("scenes", "scenes"), "cats": ("photos-tiny", "afhq_cats")}
+FIRST_STAGES = {"scenes": ("scenes", "scenes"), "cats": ("cats", "afhq_cats256")}
 """By data: the shipped model whose first stage all contestants share, and the data set's name."""
 
 TIMES = 10  # steps at which the held-out loss is measured, evenly spaced
@@ -57,7 +57,7 @@ EQUAL_PARAMETERS = ("unet", "unet_transformer", "transformer_light")
 COMPARISONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "scenes, equal compute": ("scenes", EQUAL_COMPUTE),
     "scenes, equal parameters": ("scenes", EQUAL_PARAMETERS),
-    "cats, equal compute": ("cats", EQUAL_COMPUTE),
+    "cats, equal compute": ("cats", ("unet", "unet_transformer")),
 }
 """By title: the data, and the contestants of which the first is what the others are held against.
 
@@ -110,6 +110,7 @@ def ablate(settings: Settings, folder: Path) -> dict:
                 runs.append(arena.run(name, seed))
     protocol = {
         **asdict(settings),
+        "latents": {data: arena.facts for data, arena in arenas.items()},
         "comparisons": {title: COMPARISONS[title] for title in settings.comparisons},
         "contestants": {name: CONTESTANTS[name] for names in wanted.values() for name in names},
         "held-out loss": f"mean squared error of the noise at {TIMES} evenly spaced steps, test "
@@ -141,6 +142,13 @@ class _Arena:
         self.network = extractor(settings.features, self.device)
         facts = fingerprint(train), fingerprint(test)
         self.key = content_key(*facts, module=self.base.first_stage)
+
+    @property
+    def facts(self) -> dict:
+        """What the latents are, as JSON."""
+        shipped, name = FIRST_STAGES[self.data]
+        weights = [entry["sha256"] for entry in self.base.manifest["files"]]
+        return {"model": shipped, "weights": weights, "images": name}
 
     def preset(self, name: str) -> Preset:
         """Return a contestant's preset."""
@@ -205,7 +213,7 @@ class _Arena:
             z.append(model.first_stage.encode(images.to(self.device)))
         for start in batch_starts(n, "sampling"):
             count = min(BATCH, n - start)
-            drawn = model.sample(count, 100_000 * seed + start, SAMPLING_STEPS, SAMPLER)
+            drawn = model.sample(count, 100_000 * seed + start, SAMPLING_STEPS, SAMPLER, guidance=1)
             features.append(self.network(model.decode(drawn, self.size)))
         by_time = held_out_loss(model, torch.cat(z) * model.scale_factor)
         return {

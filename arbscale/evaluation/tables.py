@@ -248,9 +248,9 @@ def _ablation(report: dict) -> list[str]:
                     f"{cost['multiply_adds'] / 1e6:.0f}",
                     f"{cost['milliseconds']:.0f}",
                     f"{cost['kept_megabytes']:.0f}",
-                    _spread(losses),
-                    _spread(steps) if name != names[0] else "-",
-                    *(_spread([run[key] for run in runs[name]]) for key in SCORES),
+                    spread(losses),
+                    spread(steps) if name != names[0] else "-",
+                    *(spread([run[key] for run in runs[name]]) for key in SCORES),
                 ]
             )
         real = [_number(results["floors"][data][key], ".3g") for key in SCORES]
@@ -280,12 +280,17 @@ def _distance(row: dict) -> str:
     return f"{_number(row['distance'], '.4g')} ± {_number(row['distance_pm'], '.2g')}"
 
 
-def _spread(values: list[float | None]) -> str:
+def spread(values: list[float | None]) -> str:
+    """Return mean and deviation, both to the second digit of the deviation."""
     if None in values:
         return "-"
     if len(values) == 1:
         return f"{values[0]:.3g}"
-    return f"{statistics.mean(values):.3g} ± {statistics.stdev(values):.1g}"
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    if not deviation:
+        return f"{mean:.3g} ± 0"
+    digits = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def _markdown(columns: list[str], rows: list[list]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from arbscale.evaluation import reports
+from arbscale.evaluation import reports, tables
 
 MACHINE = {"device": "cpu", "threads": 2, "processor": "x86_64"}
 
@@ -240,3 +240,18 @@ def test_a_table_of_alignments():
     text = reports.table(report)
     assert "| run | t = 20 | t = 60 |" in text and "50 steps" in text
     assert "| control, seed 1 | -10.00 | +0.50 |" in text and "before |" not in text
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([0.0554, 0.0546, 0.0550], "0.05500 ± 0.00040"),
+        ([1.0, 2.0, 3.0], "2.0 ± 1.0"),
+        ([100.0, 300.0], "200 ± 141"),
+        ([0.5, 0.5], "0.5 ± 0"),
+        ([0.25], "0.25"),
+        ([0.25, None], "-"),
+    ],
+)
+def test_mean_and_deviation_end_at_the_same_digit(values, text):
+    assert tables.spread(values) == text
