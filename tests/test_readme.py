@@ -33,18 +33,19 @@ def milliseconds(name: str, side: int, *tasks: str) -> list[str]:
     return [f"{1000 * rows[task]['seconds']:.0f}" for task in tasks]
 
 
-def losses(data: str, *contestants: str) -> list[str]:
+def losses(name: str, *contestants: str) -> list[str]:
     """Mean and deviation over the seeds."""
     found = []
     for contestant in contestants:
-        runs = [run for run in results("ablation")["runs"] if run["data"] == data]
-        values = [run["loss"] for run in runs if run["contestant"] == contestant]
+        runs = [run for run in results(name)["runs"] if run["contestant"] == contestant]
+        values = [run["loss"] for run in runs]
         found.append(f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}")
     return found
 
 
 def expected() -> list[tuple[str, str, list[str]]]:
     """Return each row's file and metric, and its numbers: ours, then the baselines."""
+    denoisers = "cats/ablation"
     set5, b100, cats = "photos/set5", "photos/b100", "cats/reconstruction"
     both = ["ours (first stage)", "bicubic of own training-size output"]
     set5_psnr = pairs(set5, "psnr", 2, "ours", "bicubic", "bicubic, back-projected")
@@ -58,7 +59,7 @@ def expected() -> list[tuple[str, str, list[str]]]:
         (cats, "PSNR (dB)", pairs(cats, "psnr", 2, *both, scale="2")),
         ("cats/generation", "Fréchet distance, AlexNet", cats_128),
         ("cats/speed", "ms per image", milliseconds("cats/speed", 512, *forms)),
-        ("ablation", "held-out loss", losses("scenes", "unet_transformer", "unet")),
+        (denoisers, "held-out loss", losses(denoisers, "unet_transformer", "unet")),
     ]
 
 
