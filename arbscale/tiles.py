@@ -380,10 +380,9 @@ def paste(out: Tensor, rgb: Tensor, window: Window, y: Tensor, x: Tensor, tile: 
     four tiles meet in their bilinear blend, without a step.
     """
     top, left, height, width = window
-    fade_y = _ramp(y, tile.over_top / (tile.bottom - tile.top))[:, None]
-    fade_x, to_come = _ramp(x, tile.over_left / (w := tile.right - tile.left)), torch.zeros_like(x)
-    if tile.over_right:
-        to_come = ((x + 1) / 2 * w - (w - tile.over_right)).div(tile.over_right).clamp(0, 1)
+    tall, wide = tile.bottom - tile.top, tile.right - tile.left
+    fade_y, fade_x = _ramp(y, tile.over_top / tall)[:, None], _ramp(x, tile.over_left / wide)
+    to_come = 1 - _ramp(-x, tile.over_right / wide)  # the right neighbour's weight
     shared = fade_y * fade_x * (1 - to_come) / (1 - fade_y * to_come).clamp(1e-6, 1)
     alpha = torch.where(fade_y < 1, shared, fade_x).to(out)  # (h, w)
     target = out[:, top : top + height, left : left + width]

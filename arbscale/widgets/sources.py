@@ -169,11 +169,12 @@ def bicubic(image: Tensor, size: Size, window: Window | None = None) -> Tensor:
 
 def _sampled(image: Tensor, y: Tensor, x: Tensor, tall: float = 1.0, wide: float = 1.0) -> Tensor:
     """Filter (3, h, w) at centres y and x, in its pixels, with cubics so many times as large."""
-    for centres, shrink in ((y, tall), (x, wide)):
-        first = max(0, math.floor(float(centres.min()) - 2 * shrink))
-        last = math.ceil(float(centres.max()) + 2 * shrink)
-        image = cubic(image[:, first:last], centres, shrink, first).mT
-    return image  # (3, len(y), len(x))
+    (top, bottom), (left, right) = (
+        (max(0, math.floor(float(at.min()) - 2 * shrink)), math.ceil(float(at.max()) + 2 * shrink))
+        for at, shrink in ((y, tall), (x, wide))
+    )
+    rows = cubic(image[:, top:bottom, left:right], y, tall, top)  # of what is needed alone
+    return cubic(rows.mT, x, wide, left).mT  # (3, len(y), len(x))
 
 
 # Latents ------------------------------------------------------------------------------------------
