@@ -7,22 +7,27 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
+
+PATIENCE = timedelta(days=7)
 
 
 def process_state(cpu: bool = False) -> Any:
     """Return accelerate's PartialState; processes that were launched together find each other.
 
-    Where there is no GPU, or accelerate was told to use none, they talk over gloo.
+    Where there is no GPU, or accelerate was told to use none, they talk over gloo. They wait for
+    each other for days: shares of work may end hours apart, and who launched them ends them all
+    where one fails.
     """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     no_gpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    return PartialState(cpu=no_gpu if several else cpu)
+    return PartialState(cpu=no_gpu, timeout=PATIENCE) if several else PartialState(cpu=cpu)
 
 
 def make_accelerator(precision: str, device: torch.device) -> Any:
