@@ -195,20 +195,20 @@ def _heads(report: dict) -> list[str]:
     """One row per head: what it costs, then PSNR and LPIPS by scale."""
     results = report["results"]
     first = next(iter(results.values()))
-    titles = ["head", "parameters", *(f"{side} px, ms" for side in first["ms"])]
+    titles = ["head", "parameters", "steps", *(f"{side} px, ms" for side in first["ms"])]
     titles += [*(f"x{scale}, dB and LPIPS" for scale in first["scores"]), "seam (ground truth)"]
     rows = [
         [
             name,
             head["parameters"],
+            report["protocol"]["steps"][name],
             *(f"{ms:.3g}" for ms in head["ms"].values()),
             *(f"{x['psnr']:.2f}, {x['lpips']:.4f}" for x in head["scores"].values()),
             "{ours:.3f} ({ground truth:.3f})".format(**head["seam"]),
         ]
         for name, head in results.items()
     ]
-    steps = report["protocol"]["steps"]
-    told = f"Decoder and head trained for {steps} steps, all on the same images and points:"
+    told = "Decoder and head trained on a frozen encoder, all on the same images and points:"
     return [told, "", *_markdown(titles, rows)]
 
 

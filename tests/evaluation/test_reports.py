@@ -207,7 +207,7 @@ def test_a_table_of_heads():
     report = {
         "task": "heads",
         "model": "m",
-        "protocol": {"data": "cats", "split": "val", "pictures": 9, "steps": 500},
+        "protocol": {"data": "cats", "split": "val", "pictures": 9, "steps": {"a head": 500}},
         "machine": MACHINE,
         "command": "python data/heads.py",
         "results": {
@@ -220,9 +220,9 @@ def test_a_table_of_heads():
         },
     }
     text = reports.table(report)
-    assert "| head | parameters | 256 px, ms | 512 px, ms | x0.5, dB and LPIPS | seam" in text
-    assert "| a head | 1234 | 12.3 | 50 | 24.12, 0.1235 | 1.023 (1.000) |" in text
-    assert "500 steps" in text and "`python data/heads.py`" in text
+    assert "| head | parameters | steps | 256 px, ms | 512 px, ms | x0.5, dB and LPIPS | seam" in text
+    assert "| a head | 1234 | 500 | 12.3 | 50 | 24.12, 0.1235 | 1.023 (1.000) |" in text
+    assert "`python data/heads.py`" in text
 
 
 def test_a_table_of_alignments():
