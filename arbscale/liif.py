@@ -170,10 +170,10 @@ class LIIF(_Head):
                 hidden = layer(hidden.relu_())
             if not self.local_ensemble:
                 return hidden
-            opposite = ((dy[i - 1] * dx[j - 1]).abs() + 1e-9).view(-1, 1).to(hidden)  # (N, 1)
+            opposite = ((dy[i - 1] * dx[j - 1]).abs() + 1e-9).view(-1, 1)  # (N, 1), no half: 1e-9
             rgb = rgb + hidden * opposite
             total = total + opposite
-        return rgb / total  # (N, 3)
+        return (rgb / total).to(table)  # (N, 3)
 
     def _paint_grid(self, table: Tensor, rows: Axis, cols: Axis) -> Tensor:
         """Colours (H, W, 3); the MLP is so much of the work that the gather hardly counts."""

@@ -237,8 +237,10 @@ def test_errors_say_what_came():
         liif.render(f, (4, 4), (2, 2, 3, 3))
 
 
-def test_half_precision_without_the_ensemble_is_finite():
-    """At a latent pixel's centre the area that would weight its answer is 0."""
+@pytest.mark.parametrize(("ensemble", "side"), [(False, 4), (True, 1)])
+def test_half_precision_is_finite(ensemble, side):
+    """At a latent pixel's centre the areas that weight its answers, or would, are 0."""
     torch.manual_seed(0)
-    head = LIIF(4, (8,), local_ensemble=False).half()
-    assert head.render(torch.randn(1, 4, 4, 4).half(), 4).isfinite().all()
+    head = LIIF(4, (8,), local_ensemble=ensemble).half()
+    out = head.render(torch.randn(1, 4, side, 4).half(), (side, 4))
+    assert out.isfinite().all() and out.dtype == torch.float16
