@@ -250,7 +250,8 @@ class Sampling:
         whole = hasattr(self.seed, "__index__") and not isinstance(self.seed, bool)
         if not whole or not -(2**63) <= index(self.seed) < 2**64:
             raise InputError(f"a seed is an integer from -2**63 to 2**64 - 1, got {self.seed!r}")
-        object.__setattr__(self, "seed", index(self.seed))  # NumPy's are no JSON
+        for name in ("seed", "steps"):
+            object.__setattr__(self, name, index(getattr(self, name)))  # NumPy's are no JSON
 
     def generator(self) -> torch.Generator:
         """Return a fresh generator on the CPU."""

@@ -396,9 +396,10 @@ def test_sampling_takes_the_grid_that_suits_its_sampler(name, power):
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
-def test_a_seed_of_numpys_is_an_integer():
-    sampling = Sampling(seed=np.int64(3))
-    assert sampling == Sampling(seed=3) and type(sampling.seed) is int
+def test_numbers_of_numpys_are_integers():
+    sampling = Sampling(seed=np.int64(3), steps=np.int64(4))
+    assert sampling == Sampling(seed=3, steps=4)
+    assert type(sampling.seed) is type(sampling.steps) is int
     for seed in (True, 3.0, "3", 2**64):
         with pytest.raises(ValueError, match="seed"):
             Sampling(seed=seed)
