@@ -349,13 +349,12 @@ def _grid(
 def _check_timesteps(timesteps: Timesteps, total: int) -> list[int]:
     """Return the steps as a list of integers; ValueError unless they decrease within the range."""
     try:
-        return spaced_timesteps(total, index(timesteps))
-    except TypeError:  # not an integer, so a sequence
-        pass
-    try:
         steps = [index(t) for t in timesteps]
-    except TypeError:
-        steps = []
+    except TypeError:  # not a sequence of integers
+        try:
+            return spaced_timesteps(total, index(timesteps))
+        except TypeError:
+            steps = []
     inside = all(0 <= t < total for t in steps)
     if not steps or not inside or any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
         wanted = f"a number of steps or strictly decreasing integers in [0, {total})"

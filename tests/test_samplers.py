@@ -268,6 +268,7 @@ def test_every_sampler_can_be_called_by_name(name):
     assert torch.equal(run(1), run(2)) == (name in ("ddim", "dpm_solver_pp"))
     torch.testing.assert_close(run(1), run(1, spaced_timesteps(1000, 6)))
     torch.testing.assert_close(run(1), run(1, torch.tensor(spaced_timesteps(1000, 6))))
+    torch.testing.assert_close(run(1, [999]), run(1, torch.tensor([999])))  # a step, not a number
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
