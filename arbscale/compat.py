@@ -11,10 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from pickle import UnpicklingError  # torch.load's error for a file that is more than tensors
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -116,7 +114,9 @@ def read_checkpoint(path: Path) -> State:
         if path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError, UnpicklingError, SafetensorError):
+    except OSError:
+        raise
+    except Exception:  # of a damaged file, torch.load's may be any
         raise InputError(
             f"{path} is damaged or holds Python objects, which are not read; where you trust its "
             "source, save its `state_dict` alone"

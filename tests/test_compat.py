@@ -374,11 +374,12 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     assert not Path("surprise").exists()
     torch.save({"state_dict": {"a": 1}}, "numbers.ckpt")
     Path("damaged.ckpt").write_bytes(b"damaged")
+    Path("unpicklable.ckpt").write_bytes(b"(abc")  # torch.load's IndexError
     Path("damaged.safetensors").write_bytes(b"damaged")
     Path("empty.ckpt").touch()
     Path("cut.ckpt").write_bytes(Path("numbers.ckpt").read_bytes()[:-100])  # a zip without its end
-    names = "numbers.ckpt", "damaged.ckpt", "damaged.safetensors", "empty.ckpt", "cut.ckpt"
-    for name in names:
+    pickles = "numbers.ckpt", "damaged.ckpt", "unpicklable.ckpt", "empty.ckpt", "cut.ckpt"
+    for name in (*pickles, "damaged.safetensors"):
         with pytest.raises(ValueError, match=name):
             compat.read_checkpoint(Path(name))
 
