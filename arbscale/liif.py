@@ -91,7 +91,7 @@ class _Head(nn.Module):
         return self.query_grid(features, y, x, cells)
 
     def _check(self, features: Tensor, cells: Tensor) -> None:
-        if features.ndim != 4 or features.shape[1] != self.in_channels:
+        if features.ndim != 4 or features.shape[1] != self.in_channels or not features.numel():
             wanted = f"(B, {self.in_channels}, h, w)"
             raise InputError(f"features must be {wanted}, got {tuple(features.shape)}")
         if cells.shape != (len(features), 2):

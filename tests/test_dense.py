@@ -89,6 +89,12 @@ def test_bfloat16_follows_float32(head):
 
 
 @HEADS
+def test_an_empty_batch_is_refused(head):
+    with pytest.raises(ValueError, match=r"features .*\(0, 5, 3, 3\)"):
+        head.render(features(3, 3, batch=0), 4)
+
+
+@HEADS
 def test_cells_must_fit_the_batch(head):
     with pytest.raises(ValueError, match=r"\(1, 2\)"):
         head.query_grid(
