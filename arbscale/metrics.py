@@ -91,7 +91,7 @@ def lpips_is_there() -> bool:
 
 @functools.cache
 def lpips_network() -> torch.nn.Module:
-    """Return the network behind `lpips`, on the CPU; it is loaded once and shared."""
+    """Return the network behind `lpips`, loaded once and shared: it stays where it is moved."""
     import lpips as package
 
     from arbscale.evaluation.features import alexnet_state
