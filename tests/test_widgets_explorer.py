@@ -220,6 +220,17 @@ def test_another_aspect_ratio_keeps_what_is_being_drawn(explorer, monkeypatch):
     assert [(one.seed, one.sampler, one.size) for one in drawn] == [(5, "ddim", (24, 48))]
 
 
+def test_a_size_that_was_refused_or_cancelled_is_forgotten(explorer):
+    again = {"seed": 9, "to_seed": 1, "share": 0, "steps": 2, "sampler": "ddim"}
+    ask(explorer, typed="many", scale=2.0)
+    assert ask(explorer, "draw", **again)["size"] == (64, 64)
+    ask(explorer, "draw", **again | {"steps": 500})  # so that there is time to cancel
+    explorer._hear(explorer, {"kind": "view", "typed": "40x80", "scale": 2.0}, [])
+    assert "pending" in explorer.answer
+    ask(explorer, "cancel")
+    assert ask(explorer, "draw", **again)["size"] == (64, 64)
+
+
 def test_latents_are_kept_within_bounds(model, explorer):
     for seed in range(40):
         explorer._generator.subject(explorer._settings.__class__(seed=seed, steps=1, size=(32, 32)))
