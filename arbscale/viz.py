@@ -119,7 +119,8 @@ def zoom_strip(images: Images, window: Window, titles: Sequence[Any] | None = No
         part = (x * left, y * top, x * (left + wide), y * (top + tall))
         shown.append(_resized(picture, size, part))
     sheet = _sheet(shown, ["", *titles], [""] * panels, panels)
-    _display(sheet, f"an image of {height} × {across} and its part, from " + ", ".join(titles))
+    names = ", from " * any(titles) + ", ".join(filter(None, titles))
+    _display(sheet, f"an image of {height} × {across} and its part{names}")
 
 
 def contact_sheet(

@@ -91,7 +91,10 @@ def test_zoom_strip_shows_the_same_part_of_every_size(drawn):
     large[:, 50:70, 30:45] = RED
     small[:, 25:35, 15:23] = RED
     viz.zoom_strip([large, small], (50, 30, 20, 14), titles=["large", "small"])
-    array, _ = drawn[0]
+    array, text = drawn[0]
+    assert text == "an image of 100 × 60 and its part, from large, small"
+    viz.zoom_strip([large, small], (50, 30, 20, 14))
+    assert drawn[1][1] == "an image of 100 × 60 and its part"
     filled = (array == (255, 0, 0)).all(-1).sum(0)  # red pixels in each column
     assert (
         filled[array.shape[1] // 2] == filled[-20] == 240
