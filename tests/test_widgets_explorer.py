@@ -3,6 +3,7 @@
 import base64
 import io
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -203,6 +204,11 @@ def test_the_code_makes_the_view(explorer, model, monkeypatch):
         assert (found - variables["view"]).abs().max() < 1 / 127
 
 
+def test_the_code_loads_no_other_weights_of_the_same_preset():
+    mine = ArbitraryScaleModel(replace(presets.tiny(), name="cats"))
+    assert 'load("PATH")' in ScaleExplorer(mine, steps=1).answer["code"]
+
+
 def test_another_aspect_ratio_is_drawn(explorer):
     answer = ask(explorer, typed="40x80")
     assert answer["size"] == (40, 80)
@@ -260,7 +266,8 @@ def test_a_photograph_is_enlarged_uploaded_refused_and_cancelled(enlarger, monke
     assert explorer.work == {}
     assert "mine.png: 15 x 32 px" in answer["note"]
     assert "truth" in dict(answer["rivals"])
-    assert "resize(image, (15, 32))" in answer["code"] and "'mine.png'" in answer["code"]
+    for line in ('load("photos")', "resize(image, (15, 32))", "'mine.png'"):
+        assert line in answer["code"]
     ask(explorer, "photo", [b"text"], name="text.png", part=0, parts=1)
     assert explorer.work["error"].startswith("text.png: ")
     monkeypatch.setattr("arbscale.widgets.explorer.MAX_UPLOAD", 10)

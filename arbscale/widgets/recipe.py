@@ -45,9 +45,9 @@ class Settings:
 
 
 def _load_code(model: ArbitraryScaleModel) -> str:
-    """Return the line that loads a model."""
-    name = model.preset.name
-    known = name in store.shipped()
+    """Return the line that loads a model, by its name where its weights are those that ship."""
+    name, files = model.preset.name, model.manifest.get("files")
+    known = name in store.shipped() and store.read_manifest(store.find(name))["files"] == files
     return f'model = arbscale.load("{name if known else "PATH"}")'
 
 
