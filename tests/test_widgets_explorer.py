@@ -131,6 +131,8 @@ def test_a_fault_is_told_and_the_images_stay(explorer, monkeypatch):
     assert "whole numbers" in explorer.work["error"]
     ask(explorer, "draw", seed=1, to_seed=2, share=0, steps=2, sampler="magic")
     assert "magic" in explorer.work["error"]
+    ask(explorer, "draw", seed=-1, to_seed=2, share=0, steps=-7, sampler="ddim")
+    assert "got -7" in explorer.work["error"]
     ask(explorer, "nonsense")
     assert "error" in explorer.work
     assert "error" not in ask(explorer, scale=2)
