@@ -3,6 +3,7 @@
 import base64
 import io
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,6 +131,8 @@ def test_a_fault_is_told_and_the_images_stay(explorer, monkeypatch):
     assert "whole numbers" in explorer.work["error"]
     ask(explorer, "draw", seed=1, to_seed=2, share=0, steps=2, sampler="magic")
     assert "magic" in explorer.work["error"]
+    ask(explorer, "draw", seed=-1, to_seed=2, share=0, steps=-7, sampler="ddim")
+    assert "got -7" in explorer.work["error"]
     ask(explorer, "nonsense")
     assert "error" in explorer.work
     assert "error" not in ask(explorer, scale=2)
@@ -203,6 +206,11 @@ def test_the_code_makes_the_view(explorer, model, monkeypatch):
         assert (found - variables["view"]).abs().max() < 1 / 127
 
 
+def test_the_code_loads_no_other_weights_of_the_same_preset():
+    mine = ArbitraryScaleModel(replace(presets.tiny(), name="cats"))
+    assert 'load("PATH")' in ScaleExplorer(mine, steps=1).answer["code"]
+
+
 def test_another_aspect_ratio_is_drawn(explorer):
     answer = ask(explorer, typed="40x80")
     assert answer["size"] == (40, 80)
@@ -218,6 +226,17 @@ def test_another_aspect_ratio_keeps_what_is_being_drawn(explorer, monkeypatch):
     monkeypatch.setattr(explorer, "_draw", drawn.append)
     ask(explorer, typed="24x48")
     assert [(one.seed, one.sampler, one.size) for one in drawn] == [(5, "ddim", (24, 48))]
+
+
+def test_a_size_that_was_refused_or_cancelled_is_forgotten(explorer):
+    again = {"seed": 9, "to_seed": 1, "share": 0, "steps": 2, "sampler": "ddim"}
+    ask(explorer, typed="many", scale=2.0)
+    assert ask(explorer, "draw", **again)["size"] == (64, 64)
+    ask(explorer, "draw", **again | {"steps": 500})  # so that there is time to cancel
+    explorer._hear(explorer, {"kind": "view", "typed": "40x80", "scale": 2.0}, [])
+    assert "pending" in explorer.answer
+    ask(explorer, "cancel")
+    assert ask(explorer, "draw", **again)["size"] == (64, 64)
 
 
 def test_latents_are_kept_within_bounds(model, explorer):
@@ -249,7 +268,8 @@ def test_a_photograph_is_enlarged_uploaded_refused_and_cancelled(enlarger, monke
     assert explorer.work == {}
     assert "mine.png: 15 x 32 px" in answer["note"]
     assert "truth" in dict(answer["rivals"])
-    assert "resize(image, (15, 32))" in answer["code"] and "'mine.png'" in answer["code"]
+    for line in ('load("photos")', "resize(image, (15, 32))", "'mine.png'"):
+        assert line in answer["code"]
     ask(explorer, "photo", [b"text"], name="text.png", part=0, parts=1)
     assert explorer.work["error"].startswith("text.png: ")
     monkeypatch.setattr("arbscale.widgets.explorer.MAX_UPLOAD", 10)

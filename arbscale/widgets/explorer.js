@@ -321,10 +321,11 @@ class Explorer {
       return;
     }
     this.say(`reading ${file.name}`);
-    const parts = Math.max(1, Math.ceil(file.size / PART));
+    const bytes = await file.arrayBuffer().catch(() => new ArrayBuffer(0)); // none in a folder
+    const parts = Math.max(1, Math.ceil(bytes.byteLength / PART));
     for (let part = 0; part < parts; part++) {
-      const bytes = await file.slice(part * PART, (part + 1) * PART).arrayBuffer();
-      this.send({ kind: "photo", name: file.name, part, parts }, [bytes]);
+      const buffers = [bytes.slice(part * PART, (part + 1) * PART)];
+      this.send({ kind: "photo", name: file.name, part, parts }, buffers);
     }
   }
 

@@ -151,7 +151,7 @@ class ScaleExplorer(anywidget.AnyWidget):
             "draw": lambda: self._draw(Settings.read(message, self._settings.size)),
             "photo": lambda: self._upload(message, buffers),
             "save": lambda: self._save(message.get("what") == "whole"),
-            "cancel": self._worker.cancel,
+            "cancel": self._cancel,
         }
         try:
             known[message.get("kind")]()
@@ -171,6 +171,8 @@ class ScaleExplorer(anywidget.AnyWidget):
             except Exception as error:
                 left, right, answer = self.left, self.right, {"error": _said(error)}
             about = {name: self._question.get(name) for name in ("serial", "view", "typed")}
+            if "error" in answer:
+                self._question["typed"] = None  # or it would be refused again after each draw
             with self.hold_sync():
                 self.left, self.right = left, right
                 self.answer = {**about, **answer, "at": time.time()}
@@ -178,11 +180,8 @@ class ScaleExplorer(anywidget.AnyWidget):
     def _answer(self, question: dict) -> tuple[bytes, bytes, dict]:
         """Render what a question asks for."""
         subject, view, size = self._subject, View.read(question), self._size(question)
-        if (
-            self.kind == "generate"
-            and question.get("typed")
-            and self._other_grid(size, self._settings)
-        ):
+        typed = self.kind == "generate" and question.get("typed")
+        if typed and self._other_grid(size, self._settings):
             if self._coming is None or self._other_grid(size, self._coming):
                 self._draw(replace(self._coming or self._settings, size=size))
             return self.left, self.right, {"pending": "drawing for another aspect ratio"}
@@ -282,6 +281,13 @@ class ScaleExplorer(anywidget.AnyWidget):
         if self.kind == "show":
             raise InputError("features are shown as they are")
         self._run("drawing" if self.kind == "generate" else "enlarging", work)
+
+    def _cancel(self) -> None:
+        """Stop what runs; a size that was typed for it must not start it again."""
+        with self._lock:
+            self._worker.cancel()
+            if "pending" in self.answer:
+                self._question["typed"] = None
 
     def _watch(
         self, settings: Settings, progress: Progress

@@ -27,11 +27,12 @@ class Settings:
     def read(cls, message: dict, size: Size) -> Settings:
         """Take settings from a browser's message; ValueError for what is no number."""
         try:
-            seed, to_seed, steps = (int(message[k]) % 2**63 for k in ("seed", "to_seed", "steps"))
+            seed, to_seed, steps = (int(message[k]) for k in ("seed", "to_seed", "steps"))
             share = min(max(float(message["share"]), 0.0), 1.0)
         except (KeyError, TypeError, ValueError, OverflowError):
             raise InputError("seeds and steps are whole numbers") from None
-        return cls(seed, to_seed, share, steps, str(message.get("sampler")), size)
+        seeds = seed % 2**63, to_seed % 2**63
+        return cls(*seeds, share, steps, str(message.get("sampler")), size)
 
     @property
     def sampling(self) -> Sampling:
@@ -45,9 +46,9 @@ class Settings:
 
 
 def _load_code(model: ArbitraryScaleModel) -> str:
-    """Return the line that loads a model."""
-    name = model.preset.name
-    known = name in store.shipped()
+    """Return the line that loads a model, by its name where its weights are those that ship."""
+    name, files = model.preset.name, model.manifest.get("files")
+    known = name in store.shipped() and store.read_manifest(store.find(name))["files"] == files
     return f'model = arbscale.load("{name if known else "PATH"}")'
 
 

@@ -162,6 +162,13 @@ def test_a_dropped_file_is_read(front):
             x.find("view").dispatchEvent(new DragEvent(type, {dataTransfer: data, bubbles: true}));
     """)
     explorer.until(lambda: "dropped.png" in explorer.status and "damaged" in explorer.status)
+    # A folder has a size, but nothing can be read from it.
+    explorer.run("""
+        const lost = () => Promise.reject(new Error("a folder"));
+        const part = { arrayBuffer: lost };
+        x.upload({ name: "folder", size: 4096, slice: () => part, ...part });
+    """)
+    explorer.until(lambda: "folder: empty" in explorer.status)
 
 
 def test_narrow_pages_wrap(front, explorer):
