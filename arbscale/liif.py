@@ -170,7 +170,8 @@ class LIIF(_Head):
                 hidden = layer(hidden.relu_())
             if not self.local_ensemble:
                 return hidden
-            opposite = ((dy[i - 1] * dx[j - 1]).abs() + 1e-9).view(-1, 1)  # (N, 1), no half: 1e-9
+            # In float32 even where the rest is half, which rounds 1e-9 to 0.
+            opposite = ((dy[i - 1] * dx[j - 1]).abs() + 1e-9).view(-1, 1)  # (N, 1)
             rgb = rgb + hidden * opposite
             total = total + opposite
         return (rgb / total).to(table)  # (N, 3)

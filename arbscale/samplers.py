@@ -244,14 +244,16 @@ class Sampling:
     guidance: float | None = None  # weight against the guide; 1: no guide, None: the model's
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a seed that no generator takes, and a guidance that is no number."""
+        """Raise ValueError for numbers that no sampler takes."""
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise InputError(f"guidance is a finite number, 1 for no guide, got {self.guidance}")
-        whole = hasattr(self.seed, "__index__") and not isinstance(self.seed, bool)
-        if not whole or not -(2**63) <= index(self.seed) < 2**64:
-            raise InputError(f"a seed is an integer from -2**63 to 2**64 - 1, got {self.seed!r}")
         for name in ("seed", "steps"):
-            object.__setattr__(self, name, index(getattr(self, name)))  # NumPy's are no JSON
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise InputError(f"{name} is an integer, got {value!r}")
+            object.__setattr__(self, name, index(value))  # NumPy's are no JSON
+        if not -(2**63) <= self.seed < 2**64:
+            raise InputError(f"a seed is an integer from -2**63 to 2**64 - 1, got {self.seed!r}")
 
     def generator(self) -> torch.Generator:
         """Return a fresh generator on the CPU."""
