@@ -139,7 +139,7 @@ def generate(
             if bands:
                 z = loaded.sample(n, **vars(sampling), grid=loaded.latent_grid(size), **more)
                 loaded.render_to(path(first), z, size)
-                print(f"wrote {path(first)} ({size[0]} x {size[1]})")
+                tqdm.write(f"wrote {path(first)} ({size[0]} x {size[1]})")
                 continue
             for i, image in enumerate(loaded.generate(n, size, **vars(sampling), **more), first):
                 if sheet:
@@ -325,7 +325,7 @@ def _check_size(size: Size, most: int = MAX_PIXELS) -> Size:
 
 def _write(image: Any, path: Path, quality: int = output_files.QUALITY, exif: bytes = b"") -> None:
     output_files.write_image(image, path, quality, exif)
-    print(f"wrote {path} ({image.height} x {image.width})")
+    tqdm.write(f"wrote {path} ({image.height} x {image.width})")  # above a bar
 
 
 REGISTRY = tyro.constructors.ConstructorRegistry()

@@ -28,8 +28,12 @@ def test_demo_writes_a_contact_sheet(run, tmp_path):
         assert sheet.width > 4 * 300
 
 
-def test_generate_at_any_size(run, tmp_path):
+def test_generate_at_any_size(run, tmp_path, monkeypatch):
+    above = []  # the bar, or both would stand on one line
+    write = staticmethod(lambda text, **options: above.append(text))
+    monkeypatch.setattr("tqdm.std.tqdm.write", write)
     assert run("generate", "--size", "30x41", "--steps", 2, "-n", 2, "-o", "a.png")[0] == 0
+    assert above == [f"wrote a-00{i}.png (30 x 41)" for i in range(2)]
     for name in ("a-000.png", "a-001.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.size == (41, 30)
