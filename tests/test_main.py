@@ -159,6 +159,17 @@ def test_a_full_disk_stops_a_folder(run, tmp_path, monkeypatch):
     assert status == 2 and "No space left" in said.splitlines()[-1] and "left out" not in said
 
 
+def test_what_cannot_be_written_is_named_and_left_out(run, tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "a.png")
+    Image.new("L", (60_000, 1)).save(tmp_path / "wide.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    words = ("--scale", 2, "--steps", 1, "-o", "out")
+    status, said = run("upscale", "notes.txt", "wide.png", "a.png", *words)
+    assert status == 2 and [path.name for path in (tmp_path / "out").glob("*.*g")] == ["a.png"]
+    lines = [line for line in said.splitlines() if line.startswith("left out: ")]
+    assert [line.split(": ")[1] for line in lines] == ["notes.txt", "wide.png"]
+
+
 def test_upscale_takes_one_pixel_wide_and_a_size(run, tmp_path):
     Image.fromarray(gradient()[:, :1]).save(tmp_path / "in.png")
     assert run("upscale", "in.png", "--size", "50x7", "--steps", 2, "-o", "out.png")[0] == 0
