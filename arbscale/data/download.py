@@ -98,7 +98,7 @@ def download(name: str, root: str | Path | None = None) -> list[Path]:
     if name not in FILES:
         raise InputError(f"no download {name!r}; there are {', '.join(FILES)}")
     variable = "ARBSCALE_WEIGHTS" if name == "taesd" else "ARBSCALE_DATA"
-    root = Path(root).expanduser() if root else data_root(variable)
+    root = Path(os.path.expanduser(root)) if root else data_root(variable)
     for file in FILES[name]:
         target = root / file.target
         if not file.members:

@@ -425,6 +425,9 @@ def test_the_command_refuses(cats, capsys, monkeypatch):
     monkeypatch.delenv("ARBSCALE_DATA")
     assert main(["download", "afhq"]) == 2
     assert "ARBSCALE_DATA" in capsys.readouterr().err
+    monkeypatch.chdir(cats)
+    assert main(["download", "afhq", "-o", "~no-such-user"]) == 0  # so a folder of that name
+    assert (cats / "~no-such-user/afhq_cats").is_dir()
 
 
 def test_an_encoder_goes_to_the_weights(server, monkeypatch, tmp_path):
