@@ -187,10 +187,14 @@ def test_a_killed_download_leaves_nothing_that_stays(fetch, server, tmp_path):
     partial = tmp_path / ".set.zip.partial"
     while process.poll() is None and not sum(f.stat().st_size for f in partial.glob("*")) > 50_000:
         threading.Event().wait(0.01)
+    with pytest.raises(RuntimeError, match="in use"):  # it takes nothing from the first
+        fetch({})
+    assert list(partial.iterdir())
     process.send_signal(signal.SIGKILL)
     process.wait()
     released.set()
-    assert left(tmp_path) == [".set.zip.partial"]  # hidden, so not taken for images
+    hidden = [".set.zip.lock", ".set.zip.partial"]  # so not taken for images
+    assert left(tmp_path) == hidden
     assert fetch({}).read_bytes() == CONTENT and left(tmp_path) == ["set.zip"]
 
 
