@@ -139,7 +139,7 @@ def generate(
             if bands:
                 z = loaded.sample(n, **vars(sampling), grid=loaded.latent_grid(size), **more)
                 loaded.render_to(path(first), z, size)
-                print(f"wrote {path(first)} ({size[0]} x {size[1]})")
+                tqdm.write(f"wrote {path(first)} ({size[0]} x {size[1]})")
                 continue
             for i, image in enumerate(loaded.generate(n, size, **vars(sampling), **more), first):
                 if sheet:
@@ -174,12 +174,12 @@ def upscale(
     if (scale is None) == (size is None):
         raise InputError("give either --scale, such as 3.7, or --size, such as 480x640")
     pairs = batches.targets(images, output)
-    for target in {target.suffix: target for _, target in pairs}.values():
-        _check_output(target, quality=quality)
+    first = pairs[0][1]
+    _check_output(output if first == output else first.with_suffix(".png"), quality=quality)
     loaded = ArbitraryScaleModel.load(model).to(pick_device())
     options = {**vars(sampling), "precision": precision}
     facts = loaded.manifest, scale, size, quality, options
-    finished = batches.Finished(facts) if pairs[0][1] != output else None
+    finished = batches.Finished(facts) if first != output else None
     factor = size if scale is None else scale
     rank, ranks = launched()
     share, left_out = pairs[rank::ranks], []
@@ -193,7 +193,8 @@ def upscale(
                     if not finished:
                         raise
                     left_out.append(str(source))
-                    bar.write(f"left out: {error}", file=sys.stderr)
+                    why = f"{source}: {error}".replace(f"{source} cannot", "cannot")
+                    bar.write(f"left out: {why}", file=sys.stderr)
                 else:
                     to = target if _is_large(target, to_size) else None
 
@@ -274,14 +275,13 @@ def check(
     from arbscale.data import find_folder
     from arbscale.data.folders import check_folder, splits
 
-    root = find_folder(folder)
-    report = check_folder(root)
+    report = check_folder(find_folder(folder))
     if list:
         print(report.listing())
     print(report.summary())
     if not report.used:
-        raise InputError(f"no image in {root} can be used")
-    print(f"splits:\n{splits(root)}")
+        raise InputError(f"no image in {report.root} can be used")
+    print(f"splits:\n{splits(report.root)}")
 
 
 def download(
@@ -325,7 +325,7 @@ def _check_size(size: Size, most: int = MAX_PIXELS) -> Size:
 
 def _write(image: Any, path: Path, quality: int = output_files.QUALITY, exif: bytes = b"") -> None:
     output_files.write_image(image, path, quality, exif)
-    print(f"wrote {path} ({image.height} x {image.width})")
+    tqdm.write(f"wrote {path} ({image.height} x {image.width})")  # above a bar
 
 
 REGISTRY = tyro.constructors.ConstructorRegistry()

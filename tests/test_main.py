@@ -28,8 +28,12 @@ def test_demo_writes_a_contact_sheet(run, tmp_path):
         assert sheet.width > 4 * 300
 
 
-def test_generate_at_any_size(run, tmp_path):
+def test_generate_at_any_size(run, tmp_path, monkeypatch):
+    above = []  # the bar, or both would stand on one line
+    write = staticmethod(lambda text, **options: above.append(text))
+    monkeypatch.setattr("tqdm.std.tqdm.write", write)
     assert run("generate", "--size", "30x41", "--steps", 2, "-n", 2, "-o", "a.png")[0] == 0
+    assert above == [f"wrote a-00{i}.png (30 x 41)" for i in range(2)]
     for name in ("a-000.png", "a-001.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.size == (41, 30)
@@ -153,6 +157,17 @@ def test_a_full_disk_stops_a_folder(run, tmp_path, monkeypatch):
     monkeypatch.setattr("arbscale.data.output.write_image", full)
     status, said = run("upscale", "a.png", "b.png", "--scale", 2, "--steps", 1, "-o", "out")
     assert status == 2 and "No space left" in said.splitlines()[-1] and "left out" not in said
+
+
+def test_what_cannot_be_written_is_named_and_left_out(run, tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "a.png")
+    Image.new("L", (60_000, 1)).save(tmp_path / "wide.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    words = ("--scale", 2, "--steps", 1, "-o", "out")
+    status, said = run("upscale", "notes.txt", "wide.png", "a.png", *words)
+    assert status == 2 and [path.name for path in (tmp_path / "out").glob("*.*g")] == ["a.png"]
+    lines = [line for line in said.splitlines() if line.startswith("left out: ")]
+    assert [line.split(": ")[1] for line in lines] == ["notes.txt", "wide.png"]
 
 
 def test_upscale_takes_one_pixel_wide_and_a_size(run, tmp_path):

@@ -23,7 +23,11 @@ def targets(images: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
         return [(images[0], output)]
     if output.suffix.lower() in EXTENSIONS and not output.is_dir():
         raise store.InputError(f"{output}: several images go into a folder; name one")
-    pairs = [(path, output / name) for image in images for name, path in _inside(image, output)]
+    pairs = [(path, output / name) for image in images for name, path in _inside(image)]
+    read = {os.path.realpath(image) for image in images}
+    for target in (os.path.realpath(target) for _, target in pairs):
+        if not read.isdisjoint((target, *map(str, Path(target).parents))):
+            raise store.InputError(f"{target} lies where images are read; name another folder")
     if len({target for _, target in pairs}) < len(pairs):
         raise store.InputError(f"two images would be one file in {output}; rename one of them")
     if not pairs:
@@ -31,12 +35,8 @@ def targets(images: Sequence[Path], output: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def _inside(image: Path, output: Path) -> list[tuple[str, Path]]:
+def _inside(image: Path) -> list[tuple[str, Path]]:
     """Return the images that a path stands for, and the name that each keeps."""
-    root = image if image.is_dir() else image.parent
-    out, read, within = (Path(os.path.realpath(path)) for path in (output, root, image))
-    if out == read or within in out.parents:
-        raise store.InputError(f"{output} lies where the images are read; name another folder")
     if not image.is_dir():
         return [(image.name, image)]
     return [(name, image / name) for name in scan_folder(image)[0]]

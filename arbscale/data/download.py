@@ -98,7 +98,7 @@ def download(name: str, root: str | Path | None = None) -> list[Path]:
     if name not in FILES:
         raise InputError(f"no download {name!r}; there are {', '.join(FILES)}")
     variable = "ARBSCALE_WEIGHTS" if name == "taesd" else "ARBSCALE_DATA"
-    root = Path(root).expanduser() if root else data_root(variable)
+    root = Path(os.path.expanduser(root)) if root else data_root(variable)
     for file in FILES[name]:
         target = root / file.target
         if not file.members:
@@ -149,12 +149,13 @@ def fetch(url: str, path: Path, size: int, sha256: str) -> None:
 def _partial(target: Path) -> Iterator[Path]:
     """Yield an empty hidden folder beside the target and remove it, as a killed run's, too."""
     folder = target.with_name(f".{target.name}.partial")  # hidden: not taken for images
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
+    with store.locked(target):
         shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def unpack(archive: Path, target: Path, members: Mapping[str, str], images: int) -> None:

@@ -170,13 +170,14 @@ def _open(
 
 def find_folder(name: str | Path) -> Path:
     """Return the folder of that path, or of that name below `data_root()`; FileNotFoundError."""
-    root = Path(os.path.expanduser(name))
-    root = root if root.is_dir() else data_root() / name
-    if root.is_dir():
-        return root
+    value = os.environ.get("ARBSCALE_DATA", "")
+    for path in (name, os.path.join(value, name)):
+        if (root := Path(os.path.expanduser(path))).is_dir():
+            return root
     download = {"div2k": "div2k", "afhq_cats": "afhq"}.get(str(name))
     hint = f"; `python -m arbscale download {download}` fetches it" if download else ""
-    raise FileNotFoundError(f"{str(name)!r} is not a data set and {root} is not a folder{hint}")
+    place = f"here or below ARBSCALE_DATA, {value!r}"
+    raise FileNotFoundError(f"{str(name)!r} is neither a data set nor a folder {place}{hint}")
 
 
 _TORCHVISION = {  # and how to get them

@@ -13,7 +13,8 @@ from arbscale.data.batches import RECORDS, Finished, targets
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("in/b.png", "in/a.jpg", "in/deep/a.jpg", "other/a.jpg", "in/note.txt"):
+    names = ("in/b.png", "in/a.jpg", "in/deep/a.jpg", "in/in/a.jpg", "other/a.jpg", "in/note.txt")
+    for name in names:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         if name.endswith("txt"):
             Path(name).write_text("no image")
@@ -29,7 +30,7 @@ def test_one_image_is_written_where_it_is_told(folder):
 
 
 def test_several_keep_their_names(folder):
-    names = ["a.jpg", "b.png", "deep/a.jpg"]
+    names = ["a.jpg", "b.png", "deep/a.jpg", "in/a.jpg"]
     expected = [(Path("in", name), Path("out", name)) for name in names]
     assert targets([Path("in")], Path("out")) == expected
     files = [Path("in/b.png"), Path("other/a.jpg")]
@@ -47,6 +48,7 @@ def test_several_keep_their_names(folder):
         (["in"], "in", "in"),
         (["in"], "in/out", "in/out"),
         (["in/b.png", "in/a.jpg"], "in", "in"),
+        (["in"], ".", "in/a.jpg"),  # from in/in/a.jpg
     ],
 )
 def test_what_cannot_be_paired_is_refused(folder, images, output, fact):

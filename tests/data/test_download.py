@@ -187,10 +187,14 @@ def test_a_killed_download_leaves_nothing_that_stays(fetch, server, tmp_path):
     partial = tmp_path / ".set.zip.partial"
     while process.poll() is None and not sum(f.stat().st_size for f in partial.glob("*")) > 50_000:
         threading.Event().wait(0.01)
+    with pytest.raises(RuntimeError, match="in use"):  # it takes nothing from the first
+        fetch({})
+    assert list(partial.iterdir())
     process.send_signal(signal.SIGKILL)
     process.wait()
     released.set()
-    assert left(tmp_path) == [".set.zip.partial"]  # hidden, so not taken for images
+    hidden = [".set.zip.lock", ".set.zip.partial"]  # so not taken for images
+    assert left(tmp_path) == hidden
     assert fetch({}).read_bytes() == CONTENT and left(tmp_path) == ["set.zip"]
 
 
@@ -425,6 +429,9 @@ def test_the_command_refuses(cats, capsys, monkeypatch):
     monkeypatch.delenv("ARBSCALE_DATA")
     assert main(["download", "afhq"]) == 2
     assert "ARBSCALE_DATA" in capsys.readouterr().err
+    monkeypatch.chdir(cats)
+    assert main(["download", "afhq", "-o", "~no-such-user"]) == 0  # so a folder of that name
+    assert (cats / "~no-such-user/afhq_cats").is_dir()
 
 
 def test_an_encoder_goes_to_the_weights(server, monkeypatch, tmp_path):

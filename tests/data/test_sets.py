@@ -310,7 +310,7 @@ def test_patches_through_a_loader(folder):
 
 def test_data_root(monkeypatch, tmp_path):
     monkeypatch.delenv("ARBSCALE_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match="ARBSCALE_DATA"):
+    with pytest.raises(FileNotFoundError, match="'sr'.*ARBSCALE_DATA"):
         data.open_dataset("sr")
     monkeypatch.setenv("ARBSCALE_DATA", str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match=str(tmp_path / "none")):

@@ -220,7 +220,7 @@ def test_a_table_of_heads():
         },
     }
     text = reports.table(report)
-    assert "| head | parameters | steps | 256 px, ms | 512 px, ms | x0.5, dB and LPIPS | seam" in text
+    assert "| steps | 256 px, ms | 512 px, ms | x0.5, dB and LPIPS | seam" in text
     assert "| a head | 1234 | 500 | 12.3 | 50 | 24.12, 0.1235 | 1.023 (1.000) |" in text
     assert "`python data/heads.py`" in text
 
