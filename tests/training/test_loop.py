@@ -360,6 +360,19 @@ def test_what_changes_the_weights_is_named_when_resumed(tmp_path, files, options
     assert len(losses) == 12
 
 
+def test_what_is_compared_is_noted_at_the_start(tmp_path):
+    stage = Pictures(FILES)
+
+    def gone(step):
+        stage.files = {}
+        interrupts(5)(step)
+
+    stage.on_step = gone
+    with pytest.raises(KeyboardInterrupt):
+        trained(stage, folder=tmp_path)
+    assert len(trained(Pictures(FILES), folder=tmp_path, resume=True)[0]) == 12
+
+
 def test_another_network_cannot_be_resumed_at_all(tmp_path):
     trained(Pictures(FILES), folder=tmp_path, steps=2)
     options = {"resume": True, "allow_changes": True, "steps": 2}
