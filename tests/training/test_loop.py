@@ -279,12 +279,13 @@ def test_ctrl_c_before_the_loop_is_one_line(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a signal to a process alone")
-def test_workers_leave_ctrl_c_to_the_training():
-    stage = Line()
+def test_workers_leave_signals_to_the_training():
+    stage, came = Line(), []
 
     def draw(generator, part):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGINT, *([] if came else [signal.SIGTERM])):
+            os.kill(os.getpid(), number)
+        came.append(True)
         return Line.draw(stage, generator, part)
 
     stage.draw = draw
