@@ -145,7 +145,7 @@ def _train(options: TrainOptions) -> None:
             continue
         store.write_text(folder / CONFIG, config)
         seconds = sum(note["seconds"] for note in read_summary(folder).values())
-        loss = sum(losses[-100:]) / max(1, len(losses[-100:]))
+        loss = sum(losses[-100:]) / len(losses[-100:])
         model.manifest |= {
             "name": model.preset.name,
             "data": options.data,
