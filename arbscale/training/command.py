@@ -356,8 +356,11 @@ def _profile(options: TrainOptions) -> None:
     """Print how fast each stage gets its data and learns; write one step's operations."""
     from arbscale.training.profiling import profile
 
+    state = process_state()
+    if state.num_processes > 1:
+        raise InputError("--profile measures one process; start it without a launcher")
     torch.manual_seed(options.seed)
-    model = _model(options).to(process_state().device)
+    model = _model(options).to(state.device)
     lines, tables = zip(*profile(model, _source(options), options.run), strict=True)
     path = options.output / "profile.txt"
     store.write_text(path, "\n".join([*lines, "", *tables]) + "\n")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -417,6 +418,12 @@ def test_profile(run, tmp_path, monkeypatch):
     assert stages == ["autoencoder", "decoder", "diffusion", "alignment"]
     assert text.count("waiting for data") == 4 and text.count("aten::") > 20
     assert not (tmp_path / "runs").exists()
+
+
+def test_one_process_is_profiled(run, monkeypatch):
+    monkeypatch.setattr(command, "process_state", lambda: SimpleNamespace(num_processes=2))
+    status, text = run("small --profile -o mine")
+    assert status == 2 and "one process" in text
 
 
 @pytest.mark.slow
