@@ -83,6 +83,10 @@ def test_pictures_are_taken_whole():
         whole_source([images[0][..., :18]])
     assert whole_source(images)(2, seeded()).largest == 20
     assert whole_source(images).identity == whole_source(list(images)).identity
+    mixed = whole_source([*images, torch.zeros(3, 20, 22)])
+    for draw in (lambda: mixed.pick([0, 6]), lambda: mixed(20, seeded())):
+        with pytest.raises(ValueError, match="image 3 is 20 x 22, not 20 x 20"):
+            draw()
 
 
 def test_no_target_is_larger_than_the_pictures():
