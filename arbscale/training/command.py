@@ -332,9 +332,15 @@ def _claim(folder: Path, options: TrainOptions) -> tuple[str, dict]:
     if options.start and store.find(options.start).resolve() != options.output.resolve():
         files = store.read_manifest(store.find(options.start))["files"]
         begun["start"] = store.content_key([file["sha256"] for file in files])
-    if any((folder / "checkpoints").glob("*/step-*")):
+    if kept := {path.parent.name for path in (folder / "checkpoints").glob("*/step-*")}:
         if not options.run.resume:
             raise InputError(f"{folder} holds a run; add --resume, or name another --folder")
+        first = "student" if options.teacher else "autoencoder"
+        names = (first, "decoder", "diffusion", "alignment")
+        for i, name in enumerate(names):
+            if options.steps[i] and name not in kept and (after := kept & {*names[i + 1 :]}):
+                text = f"{folder} holds {after.pop()}, which comes after {name}"
+                raise InputError(f"{text}; --start from its weights, in another --folder")
         if path.is_file():
             with store.reading(path):
                 known = json.loads(path.read_text(encoding="utf-8"))

@@ -375,6 +375,14 @@ def test_one_command_a_stage(run, tmp_path):
     assert status == 2 and "weights of first" in text
 
 
+def test_a_stage_cannot_be_slipped_in_before_a_later_one(run):
+    words = "small --sample-every 0 --pool 4 -o mine --steps"
+    assert run(f"{words} 1 0 1 0")[0] == 0
+    status, text = run(f"{words} 1 1 1 0 --resume")
+    assert status == 2 and "diffusion, which comes after decoder" in text
+    assert run(f"{words} 1 0 1 1 --resume")[0] == 0
+
+
 @pytest.mark.slow
 def test_a_teacher_gives_its_weights_or_its_latents(run, tmp_path, monkeypatch):
     preset = replace(presets.tiny(), **SMALL, encoder="tiny", tiny_channels=8, latent_channels=4)
