@@ -67,13 +67,14 @@ class Options:
         given = {k: getattr(self, k) for k in vars(usual)}
         return replace(usual, **{k: v for k, v in given.items() if v is not None})
 
-    def partial(self, report: dict, images: str) -> Partial:
+    def partial(self, report: dict, model: ArbitraryScaleModel, images: str) -> Partial:
         """Return the pieces beside the output that this task, model, protocol and data decide.
 
         What made the first of them is added to the report where it is not what runs now.
         """
         folder = self.output and self.output.with_suffix(".partial")
         facts = {key: report[key] for key in ("task", "model", "weights", "protocol")}
+        facts |= {"preset": model.preset.to_dict(), "scale factor": model.scale_factor}
         partial = Partial(folder, {**facts, "images": images, "arithmetic": ARITHMETIC})
         makers = {key: report[key] for key in ("versions", "machine")}
         if (first := partial.numbers("made-with", lambda: makers)) != makers:
@@ -143,7 +144,7 @@ def _pairs(options: Options, model: ArbitraryScaleModel, task: str) -> tuple[dic
         dtype = pick_precision(options.precision, model.device)
         choices["precision"] = str(dtype).removeprefix("torch.")
     report = reports.header(model, task, {"data": data, "split": split, **choices})
-    partial = options.partial(report, fingerprint(images))
+    partial = options.partial(report, model, fingerprint(images))
 
     def rows(index: int, scale: float) -> evaluation.Rows:
         if task == "reconstruct":
@@ -197,7 +198,7 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
         choices["sampling"] |= {"steps": sets.STEPS, "sampler": tuple(SAMPLERS)}
         del choices["precision and recall over"], choices["self_ssim"]
     report = reports.header(model, task, choices)
-    partial = options.partial(report, fingerprint(real) + fingerprint(unseen))
+    partial = options.partial(report, model, fingerprint(real) + fingerprint(unseen))
     measure = sets.evaluate_steps if task == "steps" else sets.evaluate_generation
     report["results"] = measure(job, partial)
     return report, partial

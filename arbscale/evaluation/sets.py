@@ -299,11 +299,14 @@ def _matrices(job: Job, z: Tensor) -> dict[str, dict[str, list]]:
 def _patches(job: Job, network: Extractor) -> dict | None:
     """Return the distance between patches of the training size at random larger sizes.
 
-    The sizes go up to that of the real images, or of scenes to the largest that was asked for.
-    None where no real image is larger than a patch.
+    The sizes go up to that of the smallest real image, or of scenes to the largest that was asked
+    for. None where that is no larger than a patch.
     """
-    side = min(job.base)
-    high = min(job.real.largest() or [max(max(size) for size in job.sizes)])
+    side, real = min(job.base), job.real
+    if real.exact:
+        high = max(max(size) for size in job.sizes)
+    else:
+        high = min(min(real.images[i].shape[-2:]) for i in range(real.count))
     if high <= side or job.base[0] != job.base[1]:
         return None
 

@@ -22,7 +22,7 @@ STATE, RECORD = "state.safetensors", "record.json"
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], record: dict, keep: int) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep`; OSError if it cannot be written.
+    """Write a checkpoint, then remove all but it and the `keep` - 1 before; OSError if it fails.
 
     Whenever the process or the machine stops, each `step-<n>` in `folder` is old or new, never
     half of either. `record` is anything that JSON can hold.
@@ -46,8 +46,10 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], record: dict, keep
         if not isinstance(error, (OSError, SafetensorError)):
             raise
         raise OSError(f"the checkpoint {final} could not be written ({error})") from error
-    for old in saved(folder)[keep:]:
-        _remove(old)
+    found = saved(folder)
+    place = found.index(final)  # newer ones were damaged: training went on from one before
+    for path in found[:place] + found[place + keep :]:
+        _remove(path)
     return final
 
 

@@ -145,7 +145,7 @@ def _train(options: TrainOptions) -> None:
             continue
         store.write_text(folder / CONFIG, config)
         seconds = sum(note["seconds"] for note in read_summary(folder).values())
-        loss = sum(losses[-100:]) / max(1, len(losses[-100:]))
+        loss = sum(losses[-100:]) / len(losses[-100:])
         model.manifest |= {
             "name": model.preset.name,
             "data": options.data,
@@ -332,9 +332,15 @@ def _claim(folder: Path, options: TrainOptions) -> tuple[str, dict]:
     if options.start and store.find(options.start).resolve() != options.output.resolve():
         files = store.read_manifest(store.find(options.start))["files"]
         begun["start"] = store.content_key([file["sha256"] for file in files])
-    if any((folder / "checkpoints").glob("*/step-*")):
+    if kept := {path.parent.name for path in (folder / "checkpoints").glob("*/step-*")}:
         if not options.run.resume:
             raise InputError(f"{folder} holds a run; add --resume, or name another --folder")
+        first = "student" if options.teacher else "autoencoder"
+        names = (first, "decoder", "diffusion", "alignment")
+        for i, name in enumerate(names):
+            if options.steps[i] and name not in kept and (after := kept & {*names[i + 1 :]}):
+                text = f"{folder} holds {after.pop()}, which comes after {name}"
+                raise InputError(f"{text}; --start from its weights, in another --folder")
         if path.is_file():
             with store.reading(path):
                 known = json.loads(path.read_text(encoding="utf-8"))
@@ -356,8 +362,11 @@ def _profile(options: TrainOptions) -> None:
     """Print how fast each stage gets its data and learns; write one step's operations."""
     from arbscale.training.profiling import profile
 
+    state = process_state()
+    if state.num_processes > 1:
+        raise InputError("--profile measures one process; start it without a launcher")
     torch.manual_seed(options.seed)
-    model = _model(options).to(process_state().device)
+    model = _model(options).to(state.device)
     lines, tables = zip(*profile(model, _source(options), options.run), strict=True)
     path = options.output / "profile.txt"
     store.write_text(path, "\n".join([*lines, "", *tables]) + "\n")

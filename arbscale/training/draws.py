@@ -58,13 +58,14 @@ def loader(
         num_workers=workers,
         pin_memory=next(stage.parameters()).device.type == "cuda",
         generator=torch.Generator(),  # the loader would draw from the global one
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_outlive_signals,
     )
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which reaches every process of a terminal, to the one that trains."""
+def _outlive_signals(worker: int) -> None:
+    """Leave Ctrl-C and the first SIGTERM, which reach a whole group, to the process that trains."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def step_generator(seed: int, name: str, step: int) -> torch.Generator:

@@ -109,18 +109,19 @@ def train_first_stage(
     run: Run | None = None,
     resampled: float = 0.0,
 ) -> list[float]:
-    """Pre-train the encoder, freeze it, train decoder and LIIF; return the latter's losses.
+    """Pre-train the encoder, freeze it, train decoder and LIIF; return the last part's losses.
 
-    With `joint` the second part trains the encoder, too. Either part may have no steps. A share
+    With `joint` the second part trains the encoder, too. A part of no steps is left out. A share
     `resampled` of the second part's steps is on latents that the model's denoiser sampled.
     """
-    preset, first_stage = model.preset, model.first_stage
+    first_stage, given, losses = model.first_stage, (source, model.preset), []
     if autoencoder_steps:
-        helper = build_decoder(preset).to(model.device)
-        train_autoencoder(first_stage.encoder, helper, source, preset, autoencoder_steps, seed, run)
-    resample = Resample(model, resampled) if resampled else None
-    given = (first_stage, source, preset, decoder_steps, seed, not joint, run, resample)
-    return train_decoder(*given)
+        pair = first_stage.encoder, build_decoder(model.preset).to(model.device)
+        losses = train_autoencoder(*pair, *given, autoencoder_steps, seed, run)
+    if decoder_steps:
+        resample = Resample(model, resampled) if resampled else None
+        losses = train_decoder(first_stage, *given, decoder_steps, seed, not joint, run, resample)
+    return losses
 
 
 class ImageStage(Stage):

@@ -163,6 +163,7 @@ class _Training:
     def _find(self) -> tuple[dict[str, Tensor], dict] | None:
         if self.folder is None:
             return None
+        self.settings = self._settings()  # now: an image may be gone at the first checkpoint
         if not self.run.resume:
             if checkpoints.saved(self.folder):
                 raise InputError(f"{self.folder} is not empty: resume it, or take another folder")
@@ -171,7 +172,7 @@ class _Training:
             found = checkpoints.load_newest(self.folder, RECORD)
         if found:
             run, before = self.run, found[1]["settings"]
-            checkpoints.compare(run.folder, before, self._settings(), run.allow_changes)
+            checkpoints.compare(run.folder, before, self.settings, run.allow_changes)
         return found
 
     def _settings(self) -> dict:
@@ -333,7 +334,7 @@ class _Training:
             if not finished:
                 tensors |= self._optimiser_tensors()
             record = {"stage": self.stage.name, "finished": finished, "seconds": self.seconds}
-            record["settings"] = self._settings()
+            record["settings"] = self.settings
             keep = 1 if finished else self.run.keep
             checkpoints.save(self.folder, self.step, tensors, record, keep)
         self.accelerator.wait_for_everyone()

@@ -15,11 +15,14 @@ def inherit(student: TinyEncoder, teacher: TinyEncoder, images: Tensor) -> None:
 
     A channel matters by its root mean square times the norm of the weights that read it. Where it
     is left out, its mean goes into the next bias. Images are (B, 3, H, W) in [-1, 1]; a student as
-    wide as its teacher becomes its copy. ValueError where it is wider.
+    wide as its teacher becomes its copy. ValueError where it, or its latent, is wider.
     """
     width, most = student.layers[0].out_channels, teacher.layers[0].out_channels
     if width > most:
         raise InputError(f"a student of {width} channels is wider than its teacher: {most}")
+    given, wanted = (encoder.layers[-1].out_channels for encoder in (teacher, student))
+    if given != wanted:
+        raise InputError(f"the teacher's latents have {given} channels, not {wanted}")
     means, worth = _inputs(teacher, images)
     # The channels between two plain convolutions are one stream, to which blocks add.
     plain = [k for k, layer in enumerate(teacher.layers) if isinstance(layer, nn.Conv2d)]

@@ -129,7 +129,7 @@ class PhotoSource:
         picks = torch.randint(len(self.images), (n,), generator=generator).tolist()
         seeds = torch.randint(SEEDS, (n,), generator=generator).tolist()
         wanted = range(n)[part or slice(None)]
-        crops = torch.stack([training_crop(self.images[picks[i]], side, seeds[i]) for i in wanted])
+        crops = torch.stack([training_crop(self._image(picks[i]), side, seeds[i]) for i in wanted])
         for crop, i in zip(crops, wanted, strict=True):
             if seeds[i] < self.flat * SEEDS:
                 crop[:] = crop.mean(dim=(1, 2), keepdim=True)
@@ -137,14 +137,26 @@ class PhotoSource:
 
     @cached_property
     def distinct(self) -> int | None:
-        """How many images there are to draw, mirror images included; None where crops vary."""
+        """How many images there are to draw, mirror images included; None where crops vary.
+
+        The first image tells; ValueError where one that is drawn has another size.
+        """
         whole = {*self.sides} == {*self.images[0].shape[-2:]} and self.sides[0] == self.sides[1]
         return 2 * len(self.images) if whole else None
 
     def pick(self, numbers: Sequence[int]) -> PhotoBatch:
         """Return images by number, below `distinct`: each image, then its mirror image."""
-        images = [(self.images[n // 2], n % 2) for n in numbers]
+        images = [(self._image(n // 2), n % 2) for n in numbers]
         return PhotoBatch(torch.stack([x.flip(-1) if mirrored else x for x, mirrored in images]))
+
+    def _image(self, index: int) -> Tensor:
+        image, side = self.images[index], self.sides[0]
+        if self.distinct and image.shape[-2:] != (side, side):
+            from arbscale.evaluation.features import image_name
+
+            found = "{} is {} x {}".format(image_name(self.images, index), *image.shape[-2:])
+            raise InputError(f"{found}, not {side} x {side} as the first; crop it, or omit --whole")
+        return image
 
     @cached_property
     def identity(self) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,18 +61,21 @@ def test_an_output_that_cannot_be_written_is_refused_first(words, tmp_path, caps
 
 def test_pieces_outlive_other_versions_and_machines(tiny, tmp_path, capsys):
     options = Options("tiny", output=tmp_path / "out.json")
-    report = reports.header(ArbitraryScaleModel.load(tiny), "reconstruct", {"n": 1})
-    first = options.partial(report, "images")
+    model = ArbitraryScaleModel.load(tiny)
+    report = reports.header(model, "reconstruct", {"n": 1})
+    first = options.partial(report, model, "images")
     newer = json.loads(json.dumps(report))
     newer["versions"]["torch"] = "99"
     newer["machine"]["threads"] += 1
-    assert options.partial(newer, "images").folder == first.folder
+    assert options.partial(newer, model, "images").folder == first.folder
     assert newer["begun with"]["versions"] == report["versions"]
     assert str(report["versions"]["torch"]) in capsys.readouterr().err
     assert "begun with" not in report
     others = [{**report, "weights": ["0"]}, {**report, "protocol": {"n": 2}}, report]
     for other, images in zip(others, ("images", "images", "others"), strict=True):
-        assert options.partial(other, images).folder != first.folder
+        assert options.partial(other, model, images).folder != first.folder
+    model.preset = replace(model.preset, guidance=1.5)  # of the same weights
+    assert options.partial(report, model, "images").folder != first.folder
     assert first.folder.is_dir()
 
 

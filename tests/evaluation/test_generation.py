@@ -156,6 +156,9 @@ def test_sizes_without_real_pictures_have_no_distance(job, tmp_path, capsys):
     assert (floor["precision"], floor["recall"]) == (1, 1)
     alone = evaluate_generation(dataclasses.replace(job, sizes=((32, 32),)), Partial(None, {}))
     assert alone["self_ssim"] is None
+    mixed = RealPictures([*images[1:], images[0][:, :34, :34]], 9)
+    mixed = dataclasses.replace(job, real=mixed, partial=Partial(None, {}))
+    assert sets._patches(mixed, colours())["sizes"] == [32, 34]
     small = dataclasses.replace(job, real=RealPictures([x[:, :32, :32] for x in images], 9))
     assert evaluate_generation(small, Partial(None, {}))["patches"] is None
 

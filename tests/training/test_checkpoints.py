@@ -30,6 +30,12 @@ def test_the_oldest_go(folder):
     assert [path.name for path in checkpoints.saved(folder)] == ["step-00000006", "step-00000004"]
 
 
+def test_what_follows_a_damaged_one_is_kept_in_its_place(folder):
+    (folder / "step-00000006" / "state.safetensors").write_bytes(b"")
+    checkpoints.save(folder, 5, tensors(5), {}, keep=1)
+    assert [path.name for path in checkpoints.saved(folder)] == ["step-00000005"]
+
+
 def test_a_step_can_be_saved_again(folder):
     checkpoints.save(folder, 6, tensors(7), {}, keep=2)
     assert checkpoints.load_newest(folder)[0]["a"][0, 0] == 7

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -374,6 +375,14 @@ def test_one_command_a_stage(run, tmp_path):
     assert status == 2 and "weights of first" in text
 
 
+def test_a_stage_cannot_be_slipped_in_before_a_later_one(run):
+    words = "small --sample-every 0 --pool 4 -o mine --steps"
+    assert run(f"{words} 1 0 1 0")[0] == 0
+    status, text = run(f"{words} 1 1 1 0 --resume")
+    assert status == 2 and "diffusion, which comes after decoder" in text
+    assert run(f"{words} 1 0 1 1 --resume")[0] == 0
+
+
 @pytest.mark.slow
 def test_a_teacher_gives_its_weights_or_its_latents(run, tmp_path, monkeypatch):
     preset = replace(presets.tiny(), **SMALL, encoder="tiny", tiny_channels=8, latent_channels=4)
@@ -417,6 +426,12 @@ def test_profile(run, tmp_path, monkeypatch):
     assert stages == ["autoencoder", "decoder", "diffusion", "alignment"]
     assert text.count("waiting for data") == 4 and text.count("aten::") > 20
     assert not (tmp_path / "runs").exists()
+
+
+def test_one_process_is_profiled(run, monkeypatch):
+    monkeypatch.setattr(command, "process_state", lambda: SimpleNamespace(num_processes=2))
+    status, text = run("small --profile -o mine")
+    assert status == 2 and "one process" in text
 
 
 @pytest.mark.slow

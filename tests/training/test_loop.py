@@ -279,12 +279,13 @@ def test_ctrl_c_before_the_loop_is_one_line(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a signal to a process alone")
-def test_workers_leave_ctrl_c_to_the_training():
-    stage = Line()
+def test_workers_leave_signals_to_the_training():
+    stage, came = Line(), []
 
     def draw(generator, part):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGINT, *([] if came else [signal.SIGTERM])):
+            os.kill(os.getpid(), number)
+        came.append(True)
         return Line.draw(stage, generator, part)
 
     stage.draw = draw
@@ -358,6 +359,19 @@ def test_what_changes_the_weights_is_named_when_resumed(tmp_path, files, options
     with pytest.warns(UserWarning, match=facts[0]):
         losses, _ = trained(Pictures(files), **options, allow_changes=True)
     assert len(losses) == 12
+
+
+def test_what_is_compared_is_noted_at_the_start(tmp_path):
+    stage = Pictures(FILES)
+
+    def gone(step):
+        stage.files = {}
+        interrupts(5)(step)
+
+    stage.on_step = gone
+    with pytest.raises(KeyboardInterrupt):
+        trained(stage, folder=tmp_path)
+    assert len(trained(Pictures(FILES), folder=tmp_path, resume=True)[0]) == 12
 
 
 def test_another_network_cannot_be_resumed_at_all(tmp_path):

@@ -65,3 +65,5 @@ def test_what_is_constant_moves_into_the_bias():
 def test_a_wider_one_is_refused():
     with pytest.raises(ValueError, match="10"):
         inherit(encoder(12), encoder(10), images())
+    with pytest.raises(ValueError, match="4 channels, not 3"):
+        inherit(TinyEncoder(10, 3), encoder(10), images())

@@ -83,6 +83,10 @@ def test_pictures_are_taken_whole():
         whole_source([images[0][..., :18]])
     assert whole_source(images)(2, seeded()).largest == 20
     assert whole_source(images).identity == whole_source(list(images)).identity
+    mixed = whole_source([*images, torch.zeros(3, 20, 22)])
+    for draw in (lambda: mixed.pick([0, 6]), lambda: mixed(20, seeded())):
+        with pytest.raises(ValueError, match="image 3 is 20 x 22, not 20 x 20"):
+            draw()
 
 
 def test_no_target_is_larger_than_the_pictures():
@@ -187,7 +191,7 @@ def test_decoder_learns_and_the_encoder_is_frozen():
     assert not same(other, state(model.first_stage.liif))
 
 
-def test_first_stage_is_both():
+def test_first_stage_is_both(tmp_path):
     model = build()
     before = state(model.first_stage)
     losses = train_first_stage(model, SOURCE, autoencoder_steps=2, decoder_steps=3)
@@ -195,6 +199,9 @@ def test_first_stage_is_both():
     after = state(model.first_stage)
     for part in ("encoder", "decoder", "liif"):
         assert not same({k: v for k, v in before.items() if k.startswith(part)}, after)
+    run = Run(tmp_path, resume=True, sample_every=0)
+    assert len(train_first_stage(model, SOURCE, 2, 0, run=run)) == 2
+    assert len(train_first_stage(model, SOURCE, 2, 3, run=run)) == 3  # a part may follow later
 
 
 @pytest.mark.parametrize("joint", [True, False])
