@@ -193,6 +193,8 @@ def test_a_draw_replaces_the_image(explorer, model):
     assert explorer.work == {}
     assert pixels(explorer.estimate).shape[:2] == (48, 48)
     assert 'mixed_latent(model, (9, 10), 0.5, steps=3, sampler="ddim")' in answer["code"]
+    shown = {"seed": 9, "to_seed": 10, "mix": 0.5, "steps": 3, "sampler": "ddim"}
+    assert explorer.options.items() >= shown.items()  # for a page that opens now
 
 
 def test_the_code_makes_the_view(explorer, model, monkeypatch):

@@ -148,6 +148,11 @@ def image_files(images: Any) -> list[tuple[str, int, int]] | None:
     return [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
 
 
+def image_name(images: Sequence[Tensor], index: int) -> str:
+    """Return the path of an image, or its number where it has no file."""
+    return str(images.paths[index]) if hasattr(images, "paths") else f"image {index}"
+
+
 def scan_folder(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
     """Return the names of all image files below a folder, sorted, and what else is there and why.
 

@@ -6,17 +6,20 @@ import contextlib
 import functools
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from torch import Tensor
 from tyro.conf import Positional, arg
 
 from arbscale import evaluation, store
 from arbscale.coords import Size
+from arbscale.data.folders import image_name
 from arbscale.evaluation import Partial, ablation, get_protocol, reports, sets
 from arbscale.evaluation import bench as benchmark
-from arbscale.evaluation.features import fingerprint, image_name
+from arbscale.evaluation.features import fingerprint
 from arbscale.evaluation.resume import wait_for_all
 from arbscale.model import ArbitraryScaleModel
 from arbscale.samplers import SAMPLERS, UPSCALING, Sampling
@@ -126,7 +129,7 @@ def _pairs(options: Options, model: ArbitraryScaleModel, task: str) -> tuple[dic
 
     if task == "upscale" and not model.preset.low_size:
         raise InputError(f"{options.model} is a generator; take --task reconstruct or generate")
-    if not all(0 < scale <= MAX_SCALE for scale in options.scales):
+    if not options.scales or not all(0 < scale <= MAX_SCALE for scale in options.scales):
         raise InputError(f"--scales are up to {MAX_SCALE}, got {options.scales}")
     data = _data(options, model)
     split = options.split or ("test" if data == "scenes" else "val")
@@ -166,14 +169,14 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
     data, split = _data(options, model), options.split or "train"
     if split == "all":
         raise InputError("--split is train, val or test: other real images come from another")
-    others = "test" if split != "test" else "train"
     n, reference = options.count(1000), options.reference
     if reference is not None:
         _check_number("--reference", reference)
     if data == "scenes":  # there are as many as are asked for
+        others = "test" if split != "test" else "train"
         real, unseen = (ContinuousScenes(max(n, reference or 1), split=s) for s in (split, others))
     else:
-        real, unseen = (open_dataset(data, s) for s in (split, others))
+        real, (others, unseen) = open_dataset(data, split), _unseen(data, split)
         if options.number is None:  # as many as each row of the table can have
             n = min(n, len(unseen))
     side = model.preset.image_size
@@ -202,6 +205,16 @@ def _generation(options: Options, model: ArbitraryScaleModel, task: str) -> tupl
     measure = sets.evaluate_steps if task == "steps" else sets.evaluate_generation
     report["results"] = measure(job, partial)
     return report, partial
+
+
+def _unseen(data: str, split: str) -> tuple[str, Sequence[Tensor]]:
+    """Return the name and the images of another split: test, or else the next that there is."""
+    from arbscale.data import open_dataset
+
+    for other in (s for s in ("test", "val", "train") if s != split):
+        with contextlib.suppress(InputError, FileNotFoundError):
+            return other, open_dataset(data, other)
+    raise InputError(f"{data} has no split beside {split!r}, for the rows of other real images")
 
 
 def _writing(path: Path | None) -> contextlib.AbstractContextManager:

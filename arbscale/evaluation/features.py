@@ -232,11 +232,6 @@ def reference_features(
     return kept(path, compute, optional=True)["features"]
 
 
-def image_name(images: Sequence[Tensor], index: int) -> str:
-    """Return the path of an image, or its number where it has no file."""
-    return str(images.paths[index]) if hasattr(images, "paths") else f"image {index}"
-
-
 def fingerprint(images: Sequence[Tensor]) -> str:
     """Return what tells a set of images from another: files by name, length and time of change.
 

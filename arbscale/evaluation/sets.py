@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from arbscale.coords import Size, Window
 from arbscale.data import ContinuousScenes, render_scenes, resize, sample_scenes
+from arbscale.data.folders import image_name
 from arbscale.evaluation.distances import (
     check_fid,
     interval,
@@ -20,7 +21,7 @@ from arbscale.evaluation.distances import (
     patch_frechet_distance,
     random_patches,
 )
-from arbscale.evaluation.features import Extractor, extractor, image_name, reference_features
+from arbscale.evaluation.features import Extractor, extractor, reference_features
 from arbscale.evaluation.pairs import centre_crop, eight_bits
 from arbscale.evaluation.resume import Partial, shared
 from arbscale.metrics import NEIGHBOURS, frechet_distance, precision_recall, self_ssim

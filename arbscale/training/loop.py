@@ -2,8 +2,9 @@
 
 Everything random in a step is a function of the seed, the stage, the step and the image's place in
 the batch. So a resumed run ends in the same weights as one that was not stopped, and neither the
-number of processes, nor of loader workers, nor the accumulation changes what is learned (but for
-`losses.lattice`, of a mean over the images that are computed at once: smaller parts, more noise).
+number of processes, nor of loader workers, nor the accumulation changes what is learned. But
+`losses.lattice` and the discriminator see the images that are computed at once: smaller parts, more
+noise.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 from arbscale import store
 from arbscale.coords import cell
 from arbscale.data import Scenes, render_scenes, resize, sample_scenes, scene_colors, training_crop
-from arbscale.data.folders import image_files
+from arbscale.data.folders import image_files, image_name
 from arbscale.presets import Preset
 from arbscale.store import InputError
 
@@ -152,8 +152,6 @@ class PhotoSource:
     def _image(self, index: int) -> Tensor:
         image, side = self.images[index], self.sides[0]
         if self.distinct and image.shape[-2:] != (side, side):
-            from arbscale.evaluation.features import image_name
-
             found = "{} is {} x {}".format(image_name(self.images, index), *image.shape[-2:])
             raise InputError(f"{found}, not {side} x {side} as the first; crop it, or omit --whole")
         return image

@@ -45,7 +45,7 @@ class Explorer {
     this.root.dataset.kind = this.options.kind;
     if (this.options.kind === "enlarge") this.find("draw").textContent = "Enlarge again";
     const { sampler, samplers } = this.options;
-    for (const name of ["seed", "to_seed", "steps"]) this.find(name).value = this.options[name];
+    for (const name of ["seed", "to_seed", "steps", "mix"]) this.find(name).value = this.options[name];
     this.find("sampler").replaceChildren(...samplers.map((s) => new Option(s, s, false, s === sampler)));
     // Notebook 7 and Lab take the arrow keys unless the focused element itself says otherwise.
     for (const node of this.root.querySelectorAll("input, select, button, [tabindex]"))

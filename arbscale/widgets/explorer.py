@@ -133,7 +133,7 @@ class ScaleExplorer(anywidget.AnyWidget):
             "kind": self.kind,
             "max_upload": MAX_UPLOAD,
             "samplers": list(SAMPLERS),
-            **{k: getattr(self._settings, k) for k in ("seed", "to_seed", "steps", "sampler")},
+            **self._settings.shown,
         }
         base = self._subject.source.base
         self._question = {"scale": scale, "screen": scaled_size(base, BOX / max(base)), "view": ""}
@@ -275,7 +275,8 @@ class ScaleExplorer(anywidget.AnyWidget):
                     subject = self._enlarged(self._photo, settings, progress)
             finally:
                 self._coming = None
-            self._settings = settings
+            with self._lock:
+                self._settings, self.options = settings, self.options | settings.shown
             return subject
 
         if self.kind == "show":

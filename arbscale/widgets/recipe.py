@@ -35,6 +35,12 @@ class Settings:
         return cls(*seeds, share, steps, str(message.get("sampler")), size)
 
     @property
+    def shown(self) -> dict:
+        """What a page that opens shows in its fields."""
+        fields = {name: getattr(self, name) for name in ("seed", "to_seed", "steps", "sampler")}
+        return {**fields, "mix": self.share}
+
+    @property
     def sampling(self) -> Sampling:
         """The part that `samplers` knows."""
         return Sampling(self.steps, self.sampler, self.seed)

@@ -110,6 +110,9 @@ def test_generation_takes_as_many_images_as_every_row_can_have(tiny, tmp_path, m
     assert "--steps" in capsys.readouterr().err
     assert main(["evaluate", str(tiny), *words, "--split", "all"]) == 2
     assert "--split" in capsys.readouterr().err
+    (tmp_path / "data" / "test").rename(tmp_path / "data" / "val")  # as a download comes
+    assert main(["evaluate", str(tiny), *words]) == 0
+    assert reports.read(output)["protocol"]["others' split"] == "val"
     words = ["--task", "generate", "--data", str(tmp_path / "data"), "--reference", "0"]
     assert main(["evaluate", str(tiny), *words]) == 2
     assert "--reference" in capsys.readouterr().err
@@ -121,6 +124,8 @@ def test_an_image_that_is_too_small_is_named(tiny, tmp_path, capsys):
     words = ["--data", str(tmp_path), "--split", "all", "--scales", "2"]
     assert main(["evaluate", str(tiny), "--protocol", "benchmark", *words]) == 2
     assert "narrow.png" in capsys.readouterr().err
+    assert main(["evaluate", str(tiny), *words[:-1]]) == 2
+    assert "--scales" in capsys.readouterr().err
     real = sets.RealPictures(ImageFolder(tmp_path, ["a.png"] * 7 + ["narrow.png"]), 8)
     with pytest.raises(ValueError, match="narrow.png"):
         real.batch(0, (32, 32))
