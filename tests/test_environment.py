@@ -56,6 +56,12 @@ def clean_environment(**more: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in dropped} | more
 
 
+@pytest.mark.parametrize("version", ["0.9.0", "0.9.29", "1.0.0", "1.0.8"])
+def test_a_tyro_that_is_empty_or_cannot_read_our_commands_is_out_of_bounds(version):
+    [tyro] = [r for r in requirements() if r.name == "tyro"]
+    assert version not in tyro.specifier
+
+
 # The lock -----------------------------------------------------------------------------------------
 
 
