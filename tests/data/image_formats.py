@@ -239,7 +239,12 @@ def cases():
         ),
         "16-grey.png": Case(encoded(Image.fromarray(deep), "PNG"), grey(GREY), "16 bits"),
         "16-grey-trns.png": Case(
-            encoded(Image.fromarray(deep), "PNG", transparency=int(deep[2, 3])),
+            png(
+                [row.tobytes() for row in deep.astype(">u2")],
+                16,
+                0,
+                chunk(b"tRNS", deep[2, 3].astype(">u2").tobytes()),
+            ),
             grey(GREY),
             "transparency",
             clear,
