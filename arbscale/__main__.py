@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import torch
 import tyro
 from tqdm.auto import tqdm
 from tyro.conf import Positional, arg
@@ -377,8 +376,8 @@ def main(argv: list[str] | None = None) -> int:
         _say(text)
         return 2
     except (MemoryError, RuntimeError) as error:
-        exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not exhausted and "can't allocate memory" not in str(error):
+        told = any(text in str(error) for text in ("out of memory", "can't allocate memory"))
+        if not told and not isinstance(error, MemoryError):
             raise
         _say("out of memory; take a smaller size, number or batch")
         return 2

@@ -18,7 +18,7 @@ class NoiseSchedule:
     """How much signal is left at each of the diffusion's steps.
 
     The betas are the squares of evenly spaced square roots, as in CompVis' latent diffusion.
-    `alpha_bar` is float64 on the CPU and is cast to the latents it meets.
+    `alpha_bar` is float64 on the CPU and is cast for the latents it meets.
 
     Parameters
     ----------
@@ -39,8 +39,12 @@ class NoiseSchedule:
         self.alpha_bar = torch.cumprod(1 - self.betas, dim=0)  # (T,)
 
     def at(self, t: Tensor, like: Tensor) -> Tensor:
-        """Return `alpha_bar[t]` as (B, 1, 1, 1), in the dtype and on the device of `like`."""
-        return self.alpha_bar[t.cpu()].to(like).view(-1, 1, 1, 1)
+        """Return `alpha_bar[t]` as (B, 1, 1, 1), on the device and in the dtype of `like`.
+
+        Of half precision it is float32: in bfloat16 the first step's 0.9985 would be 1, no noise.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return self.alpha_bar[t.cpu()].to(like.device, dtype).view(-1, 1, 1, 1)
 
     def add_noise(self, z0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Jump from clean latents (B, c, h, w) to their noisy version at steps `t` (B,)."""

@@ -50,6 +50,11 @@ def test_alpha_bar_takes_the_latents_dtype():
     assert at.shape == (3, 1, 1, 1) and at.dtype == torch.float32
 
 
+def test_latents_of_half_precision_get_the_noise_of_their_step():
+    z_t = SCHEDULE.add_noise(torch.zeros(1, 1, 1, 1).bfloat16(), torch.tensor([0]), torch.ones(1))
+    assert z_t.item() == pytest.approx(SCHEDULE.betas[0].item() ** 0.5, rel=1e-5)
+
+
 def test_the_paper_s_weights_at_the_first_step():
     assert SCHEDULE.weight(torch.tensor([0])).item() == pytest.approx(1 / 0.0015 - 1)
     assert NoiseSchedule(0.0001, 0.015).weight(torch.tensor([0])).item() == pytest.approx(9_999)

@@ -41,6 +41,7 @@ def test_a_bug_shows_its_traceback(run, monkeypatch):
     ("error", "fact"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "out of memory"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
         (MemoryError(), "out of memory"),
         (OSError(28, "No space left on device"), "No space left"),

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -44,7 +43,7 @@ class Speed:
     images_per_second: float  # at the median
     seconds: float  # per call, median
     spread: float  # seconds between the first and the third quartile
-    repeats: int  # calls that were timed
+    repeats: int  # calls that were timed, or blocks of short ones
     peak_megabytes: float | None  # of memory: the device's allocator, or the process on Linux
 
 
@@ -56,10 +55,10 @@ def images_per_second(
 ) -> Speed:
     """Time a call that makes `batch` images on a device, by `torch.utils.benchmark`.
 
-    The first call warms up and is not counted; then calls are timed one by one until `seconds`
-    have passed, at least one, with the GPU's queue emptied around each.
+    The first calls warm up and are not counted; then calls are timed, short ones in blocks, until
+    `seconds` have passed, at least one, with the GPU's queue emptied around each.
     """
-    timer = _timer_class()("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+    timer = _benchmark().Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
     _reset_peak(device)
     found = timer.blocked_autorange(min_run_time=seconds)
     return Speed(batch / found.median, found.median, found.iqr, len(found.times), _peak(device))
@@ -261,12 +260,11 @@ def _in_bands(form: Callable[..., Tensor], size: Size) -> None:
 
 def _once(function: Callable[[], object], device: torch.device) -> Speed:
     """Time a call that needs no second one."""
+    clock = _benchmark().timer  # waits until the GPU's queue is empty
     _reset_peak(device)
-    start = time.perf_counter()
+    start = clock()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     return Speed(1 / seconds, seconds, 0.0, 1, _peak(device))
 
 
@@ -317,16 +315,16 @@ def naive_render(liif: LIIF, features: Tensor, size: tuple[int, int]) -> Tensor:
     return rgb.mT.reshape(1, 3, *size)
 
 
-def _timer_class() -> type:
-    """Import torch's timer, which warns of a CUDA compiler without a GPU: not needed here."""
+def _benchmark() -> Any:
+    """Import torch's timers, which warn of a CUDA compiler without a GPU: not needed here."""
     log = logging.getLogger("torch.utils.cpp_extension")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        from torch.utils.benchmark import Timer
+        from torch.utils import benchmark
     finally:
         log.setLevel(level)
-    return Timer
+    return benchmark
 
 
 def _reset_peak(device: torch.device) -> None:

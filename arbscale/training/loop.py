@@ -216,7 +216,8 @@ class _Training:
         if self.average is not None:
             self.average.load_state_dict(_under("average", tensors))
         moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _under("optimiser", tensors).items():
+        # Laid out as the parameters are: the fused optimiser pairs numbers by place in memory.
+        for name, tensor in self._place(_under("optimiser", tensors)).items():
             index, key = name.split(".")
             moments.setdefault(int(index), {})[key] = tensor
         shapes = {i: p.shape for i, p in enumerate(self.parameters)}  # changes may be allowed

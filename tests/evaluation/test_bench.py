@@ -20,6 +20,18 @@ def test_images_per_second_counts_the_batch():
     assert speed.repeats >= 1 and speed.spread >= 0 and len(calls) > speed.repeats
 
 
+def test_one_call_is_timed_by_the_clock_that_waits_for_the_gpu(monkeypatch):
+    events = []
+
+    def clock():
+        events.append("clock")
+        return 2.0 * len(events)
+
+    monkeypatch.setattr("torch.utils.benchmark.timer", clock)
+    assert bench._once(lambda: events.append("call"), torch.device("cpu")).seconds == 4
+    assert events == ["clock", "call", "clock"]
+
+
 @pytest.mark.skipif(bench._peak(torch.device("cpu")) is None, reason="the system does not tell")
 def test_the_peak_is_that_of_the_call_alone():
     def hungry():

@@ -141,6 +141,30 @@ def test_a_resumed_run_ends_as_if_nothing_had_happened(tmp_path, stop):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+class Filter(Line):
+    """Learns to add the numbers of a small image."""
+
+    def __init__(self, on_step=lambda step: None):
+        super().__init__(on_step)
+        self.net = nn.Conv2d(3, 1, 3)
+
+    def draw(self, generator, part):
+        return {"x": torch.randn(self.batch, 3, 3, 3, generator=generator)[part]}
+
+
+def test_a_resumed_run_keeps_its_moments_in_another_memory_layout(tmp_path):
+    def interrupt(step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    how = {"channels_last": True}
+    whole = trained(Filter(), folder=tmp_path / "whole", **how)
+    with pytest.raises(RuntimeError, match="SIGTERM"):
+        trained(Filter(interrupt), folder=tmp_path / "cut", **how)
+    losses, weight = trained(Filter(), folder=tmp_path / "cut", resume=True, **how)
+    assert losses == whole[0] and torch.equal(weight, whole[1])
+
+
 def test_a_finished_stage_is_not_trained_again(tmp_path):
     losses, weight = trained(folder=tmp_path)
     stage = Line()
