@@ -196,8 +196,9 @@ def resize(image: Tensor, size: int | Size) -> Tensor:
         raise InputError(f"resize takes floats (3, H, W) or (B, 3, H, W), got {found}")
     batch = image if image.ndim == 4 else image[None]
     wide = batch if batch.dtype == torch.float64 else batch.float()  # the CPU has no half
+    wide = wide.cpu() if wide.device.type == "mps" else wide  # which lacks antialiased resampling
     resized = F.interpolate(wide, check_size(size), mode="bicubic", antialias=True).clamp(-1, 1)
-    return (resized if image.ndim == 4 else resized[0]).to(image.dtype)
+    return (resized if image.ndim == 4 else resized[0]).to(image)
 
 
 def resize_alpha(alpha: Tensor, size: Size) -> Tensor:

@@ -237,7 +237,7 @@ def held_out_loss(model: ArbitraryScaleModel, z0: Tensor, batch: int = 64) -> li
         t = torch.full((len(z0),), int((k + 0.5) * model.schedule.steps / TIMES), device=z0.device)
         parts = zip(z0.split(batch), t.split(batch), noise.split(batch), strict=True)
         losses = [denoising_loss(model.denoise(), *part, model.schedule) for part in parts]
-        values.append(torch.cat(losses).double().mean().item())
+        values.append(torch.cat(losses).cpu().double().mean().item())
     return values
 
 

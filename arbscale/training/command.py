@@ -75,8 +75,8 @@ class TrainOptions:
             raise InputError(f"steps are at least 0, got {self.steps}")
         if not 0 <= self.resampled <= 1:
             raise InputError(f"resampled is a share from 0 to 1, got {self.resampled}")
-        if self.resampled and not self.start:
-            raise InputError("--resampled needs a trained denoiser: name a model by --start")
+        if self.resampled and (self.joint or not self.start):
+            raise InputError("--resampled needs a trained denoiser: --start a model, not --joint")
         if self.max_weight is not None and not self.max_weight > 0:
             raise InputError(f"max_weight is positive, got {self.max_weight}")
         if self.pool is not None and self.pool < 2:
