@@ -321,7 +321,7 @@ def noise_field(seed: int, channels: int, corner: Size, size: Size) -> Tensor:
 
 def _eps(denoise: Denoiser, z: Tensor, t: int) -> Tensor:
     """Ask the denoiser with the same step `t` for the whole batch."""
-    return denoise(z, torch.full((len(z),), t, dtype=torch.int64, device=z.device))
+    return denoise(z, torch.full((len(z),), t, dtype=torch.int64, device=z.device)).to(z)
 
 
 def _estimate(z: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:

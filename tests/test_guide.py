@@ -116,6 +116,7 @@ def run(folders, *more):
     return main(["guide", *(str(folders / name) for name in "ab"), "-o", str(folders / "c"), *more])
 
 
+@pytest.mark.slow
 def test_the_command_joins_two_models(folders):
     assert run(folders, "--weight", "1.5") == 0
     a, b, c = (arbscale.load(folders / name) for name in "abc")

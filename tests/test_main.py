@@ -184,6 +184,7 @@ def test_one_number_is_the_longer_side(run, tmp_path):
         assert out.size == (24, 18)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "fact"),
     [
@@ -273,6 +274,7 @@ def test_words_that_cannot_be_read_give_a_status(run, tmp_path, words, fact):
     assert not (tmp_path / "o.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [command.__name__ for command in COMMANDS])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:

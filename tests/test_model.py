@@ -503,6 +503,7 @@ def test_reducing_through_tiles_that_hold_no_pixel():
     assert out.shape == (3, 3, 3) and out.isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_picture_of_bytes_is_painted_everywhere():
     """What the memory held before shines through nowhere."""
     model = local()

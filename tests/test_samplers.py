@@ -145,6 +145,7 @@ def test_dpm_solver_pp_to_some_noise_agrees_with_diffusers(n):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 8, 15, 20])
 def test_sde_dpm_solver_pp_agrees_with_diffusers(n):
     scheduler, timesteps = reference(

@@ -230,6 +230,7 @@ def test_another_aspect_ratio_keeps_what_is_being_drawn(explorer, monkeypatch):
     assert [(one.seed, one.sampler, one.size) for one in drawn] == [(5, "ddim", (24, 48))]
 
 
+@pytest.mark.slow
 def test_a_size_that_was_refused_or_cancelled_is_forgotten(explorer):
     again = {"seed": 9, "to_seed": 1, "share": 0, "steps": 2, "sampler": "ddim"}
     ask(explorer, typed="many", scale=2.0)

@@ -55,6 +55,7 @@ def test_what_is_called_equal_is_equal(title):
         assert other == pytest.approx(first, rel=0.033)
 
 
+@pytest.mark.slow
 def test_the_unet_with_a_transformer_is_equal_in_both():
     for key in ("parameters", "multiply_adds"):
         found = costs("scenes")

@@ -61,6 +61,7 @@ def test_every_number_can_be_changed():
     assert str(parse("tiny -o mine --folder here".split()).run.folder) == "here"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["cats", "photos"])
 def test_the_script_of_the_shipped_models_trains_on_from_what_it_wrote(
     family, tmp_path, monkeypatch
@@ -112,6 +113,7 @@ def test_help_lists_them(capsys):
         assert option in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
@@ -238,6 +240,7 @@ def test_an_output_without_a_name_is_refused(run):
     assert str(parse("small -o .".split()).run.folder) == f"runs/{Path.cwd().name}"
 
 
+@pytest.mark.slow
 def test_what_came_before_is_counted_once(run, tmp_path):
     assert run("small --steps 0 1 0 0 -o mine")[0] == 0
     path = tmp_path / "mine" / "manifest.json"
@@ -311,6 +314,7 @@ def test_what_a_run_is_begun_from_is_compared_by_content(run, tmp_path):
     assert status == 2 and "pool" in text
 
 
+@pytest.mark.slow
 def test_the_licence_of_the_start_travels(run, tmp_path):
     assert run("small --steps 0 1 0 0 -o first")[0] == 0
     assert store.read_manifest(tmp_path / "first")["licence"] == command.SCENES
@@ -375,6 +379,7 @@ def test_one_command_a_stage(run, tmp_path):
     assert status == 2 and "weights of first" in text
 
 
+@pytest.mark.slow
 def test_a_stage_cannot_be_slipped_in_before_a_later_one(run):
     words = "small --sample-every 0 --pool 4 -o mine --steps"
     assert run(f"{words} 1 0 1 0")[0] == 0
