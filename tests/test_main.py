@@ -246,6 +246,7 @@ def test_nonsense_gives_one_line_and_a_status(run, tmp_path, monkeypatch, words,
     assert not (tmp_path / "o.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "fact"),
     [

@@ -24,6 +24,7 @@ def fails(error):
     return call
 
 
+@pytest.mark.slow
 def test_a_bug_shows_its_traceback(run, monkeypatch):
     bugs = {
         RuntimeError: lambda *_, **__: torch.ones(2, 3) @ torch.ones(2, 3),

@@ -56,6 +56,7 @@ def test_psnr_of_one_primary_in_y():
     assert psnr(red, levels(0), space="y") == pytest.approx(20 * math.log10(255 / 65.481))
 
 
+@pytest.mark.slow
 def test_psnr_agrees_with_scikit_image():
     metrics = pytest.importorskip("skimage.metrics")
     color = pytest.importorskip("skimage.color")
@@ -267,6 +268,7 @@ def test_self_ssim_rows_are_the_size_measured_at():
     assert matrix[1, 0] > 0.9 > matrix[0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["clean", "scaleparty"])
 def test_self_ssim_does_not_depend_on_the_batch(variant):
     """35 images go through in chunks; the result is the mean of each alone."""

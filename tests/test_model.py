@@ -498,6 +498,7 @@ def test_enlarging_starts_half_way_from_the_input():
     torch.testing.assert_close(z, expected.float())
 
 
+@pytest.mark.slow
 def test_reducing_through_tiles_that_hold_no_pixel():
     out = local().upscale(picture(60, 60), scale=0.05, tile=8, steps=1)
     assert out.shape == (3, 3, 3) and out.isfinite().all()
@@ -596,6 +597,7 @@ def test_paint_decodes_tile_by_tile_what_the_whole_decodes_at_once():
     assert (one - many).abs().max() < 0.05
 
 
+@pytest.mark.slow
 def test_a_file_that_other_settings_made_is_written_anew(tmp_path):
     torch.manual_seed(0)
     model = ArbitraryScaleModel(presets.tiny(8)).eval()

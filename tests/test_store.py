@@ -399,12 +399,14 @@ def test_loading_imports_no_compiler(model_folder):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_a_path_may_be_text_and_relative(model_folder, monkeypatch):
     monkeypatch.chdir(model_folder.parent)
     assert arbscale.load("tiny").scale_factor == 1.7
     assert arbscale.load(str(model_folder)).preset == presets.tiny()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cats", "scenes", "photos", "photos-tiny"])
 def test_what_ships_can_be_loaded(name):
     assert name in store.shipped()

@@ -79,6 +79,7 @@ def test_the_transformer_alone_starts_at_zero():
     assert not build("transformer")(noise(2, 3, 5, 4), STEPS).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [1, 2, 3])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @torch.no_grad()

@@ -242,12 +242,14 @@ def test_a_size_that_was_refused_or_cancelled_is_forgotten(explorer):
     assert ask(explorer, "draw", **again)["size"] == (64, 64)
 
 
+@pytest.mark.slow
 def test_latents_are_kept_within_bounds(model, explorer):
     for seed in range(40):
         explorer._generator.subject(explorer._settings.__class__(seed=seed, steps=1, size=(32, 32)))
     assert len(explorer._generator._latents) == 32
 
 
+@pytest.mark.slow
 def test_a_file_is_saved(explorer, monkeypatch):
     sent = []
     monkeypatch.setattr(explorer, "send", lambda message, buffers: sent.append((message, buffers)))
@@ -286,6 +288,7 @@ def test_a_photograph_is_enlarged_uploaded_refused_and_cancelled(enlarger, monke
     assert "mine.png" in ask(explorer, scale=2)["note"]
 
 
+@pytest.mark.slow
 def test_what_a_photograph_was_compared_with_goes_with_it(enlarger):
     grey = np.zeros((20, 24, 3), "uint8")
     explorer = ScaleExplorer(enlarger, image=grey, steps=1, limit=32, truth=grey, other=grey)

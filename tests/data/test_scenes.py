@@ -44,6 +44,7 @@ def test_parameters_are_spread_evenly():
     assert abs(torch.corrcoef(torch.stack([scenes.sun[:, 0], scenes.sun[:, 1]]))[0, 1]) < 0.05
 
 
+@pytest.mark.slow
 def test_sampling_is_fast_enough_to_draw_while_training():
     assert len(sample_scenes(100_000)) == 100_000  # a loop over scenes would take minutes
 

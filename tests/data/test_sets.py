@@ -387,6 +387,7 @@ def write(path, seed):
     Image.fromarray(photo(seed=seed)).save(path)
 
 
+@pytest.mark.slow
 def test_celeba(root, monkeypatch):
     from torchvision.datasets import CelebA
 
@@ -417,6 +418,7 @@ def test_celeba(root, monkeypatch):
         data.open_dataset("celeba", "valid")
 
 
+@pytest.mark.slow
 def test_flowers102(root, monkeypatch):
     from scipy.io import savemat
     from torchvision.datasets import Flowers102

@@ -200,6 +200,7 @@ def test_other_settings_are_other_pieces(small):
     assert not set(a) & set(b)
 
 
+@pytest.mark.slow
 def test_as_many_held_out_images_are_needed_as_are_generated(small):
     settings = dataclasses.replace(QUICK, comparisons=("cats, equal compute",), number=13)
     with pytest.raises(ValueError, match="afhq_cats256 has 12 "):

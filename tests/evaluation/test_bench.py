@@ -13,6 +13,7 @@ from arbscale.data import low_high_pair
 from arbscale.evaluation import bench, reports
 
 
+@pytest.mark.slow
 def test_images_per_second_counts_the_batch():
     calls = []
     speed = bench.images_per_second(lambda: calls.append(1), batch=4, seconds=0.01)

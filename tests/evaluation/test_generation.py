@@ -129,6 +129,7 @@ def test_an_interruption_costs_one_batch_and_the_reference_is_kept(job, tmp_path
     assert CALLS == []
 
 
+@pytest.mark.slow
 def test_fewer_real_images_than_generated_ones_have_no_rows(job, capsys):
     job = dataclasses.replace(job, others=RealPictures(job.others.images, 8), sizes=((32, 32),))
     sets.check(job, False)

@@ -70,6 +70,7 @@ def test_from_x4_on_the_own_output_at_half_the_size_is_a_baseline(models):
     assert HALF not in reconstruction_rows(models[0], [photo(66, 70)], 0, 3.9, rule)
 
 
+@pytest.mark.slow
 def test_upscaling_has_its_baselines(models):
     low, high = WHOLE.pair(photo(), 2)
     rows = upscaling_rows(models[1], photo(), 2, WHOLE, Sampling(2, "dpm_solver_pp", 4))

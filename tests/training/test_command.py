@@ -324,6 +324,7 @@ def test_the_licence_of_the_start_travels(run, tmp_path):
     assert store.read_manifest(tmp_path / "second")["licence"] == command.AFHQ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), SafetensorError("No space left")])
 def test_a_result_that_cannot_be_written(run, tmp_path, monkeypatch, error):
     def full(*_):

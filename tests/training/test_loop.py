@@ -408,6 +408,7 @@ def test_another_network_cannot_be_resumed_at_all(tmp_path):
 # What is left to look at --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_run_folder(tmp_path):
     losses, _ = trained(folder=tmp_path, log_every=5, sample_every=6)
     lines = read_log(tmp_path)

@@ -191,6 +191,7 @@ def test_decoder_learns_and_the_encoder_is_frozen():
     assert not same(other, state(model.first_stage.liif))
 
 
+@pytest.mark.slow
 def test_first_stage_is_both(tmp_path):
     model = build()
     before = state(model.first_stage)
@@ -264,6 +265,7 @@ def test_alignment_of_a_super_resolution_model():
     assert not same(before, state(model.denoiser))
 
 
+@pytest.mark.slow
 def test_a_gaussian_posterior_through_all_stages():
     model = build(4, posterior=True)
     train_first_stage(model, SOURCE, 2, 2)
@@ -312,6 +314,7 @@ def test_no_steps_change_nothing():
     assert same(before, state(model))
 
 
+@pytest.mark.slow
 def test_a_stage_can_be_trained_again_after_a_later_one():
     """As when a notebook's cell is run twice: the part it trains moves, whatever was frozen."""
     model = build()
