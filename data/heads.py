@@ -1,7 +1,7 @@
 """Trains heads of the decoder side by side on a shipped encoder: writes data/FAMILY/heads.json.
 
     python data/heads.py cats           500 steps each; an hour of one thread
-    python data/heads.py photos 4000    equal time, that of 4,000 steps of the first; two and a half
+    python data/heads.py photos 4000    equal time, that of 4,000 steps of the first; 2.5 hours
 
 Run it in the root of the checkout. Every head begins with a new decoder of the same weights and
 sees the same images and points, step by step.

@@ -23,8 +23,8 @@ LIBRARIES = ("arbscale", "torch", "torchvision", "numpy", "scikit-image", "lpips
 COMPARED = "Denoisers with and without a transformer"
 TITLE = """# Results
 
-Below each table stands the command that measured it. Where it names a folder, the weights are
-those in the folder, not those that ship."""
+Below each table stands the command that measured it. Where the command names a model by its folder,
+the weights are those in the folder, not those that ship."""
 UNALIGNED = "unaligned"  # folder beside a report: the same of the weights before the alignment
 
 

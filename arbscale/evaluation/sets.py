@@ -301,14 +301,16 @@ def _patches(job: Job, network: Extractor) -> dict | None:
     """Return the distance between patches of the training size at random larger sizes.
 
     The sizes go up to that of the smallest real image, or of scenes to the largest that was asked
-    for. None where that is no larger than a patch.
+    for. None where that is no larger than a patch, and for sizes that are not square.
     """
     side, real = min(job.base), job.real
+    if job.base[0] != job.base[1]:
+        return None
     if real.exact:
         high = max(max(size) for size in job.sizes)
     else:
         high = min(min(real.images[i].shape[-2:]) for i in range(real.count))
-    if high <= side or job.base[0] != job.base[1]:
+    if high <= side:
         return None
 
     def ours(i: int, size: Size, window: Window) -> Tensor:
