@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from arbscale.coords import Size, Window, cell, check_size, check_window, pixel_centres
 from arbscale.store import InputError
 
-BLOCK = 2048  # pixels rendered at a time: the widest activations stay in the cache
+BLOCK = 4096  # pixels rendered at a time: the widest activations stay in the cache
 WIDTH = 512  # at most, of a block of a grid, which is a few rows high
 REACH = 2  # latent pixels above, below and beside a point's own that its colour depends on
 TIE = 1e-5  # of a latent pixel: a point on the border belongs to the latent pixel after it
@@ -54,7 +54,7 @@ class _Head(nn.Module):
         for table, points in zip(self._project(features, cells), coords, strict=True):
             parts = points.split(BLOCK)
             images.append(torch.cat([self._paint(table, *self._axes(table, *p.mT)) for p in parts]))
-        return torch.stack(images)
+        return torch.stack(images) if len(images) > 1 else images[0][None]
 
     def query_grid(self, features: Tensor, y: Tensor, x: Tensor, cells: Tensor) -> Tensor:
         """Colours (B, 3, H, W) where rows y (H,) cross columns x (W,), positions in [-1, 1].
@@ -69,12 +69,15 @@ class _Head(nn.Module):
         tables, images = self._project(features, cells), []
         down = max(1, BLOCK // max(across, tables.shape[2]))
         rows, cols = self._axes(tables[0], y, x)
+        parts = list(_split(cols, across))
         for table in tables:
-            bands = [
-                torch.cat([self._paint_grid(table, band, part) for part in _split(cols, across)], 1)
-                for band in _split(rows, down)
-            ]
-            images.append(torch.cat([band.permute(2, 0, 1) for band in bands], 1))  # (3, H, W)
+            image = torch.cat(
+                [
+                    torch.cat([self._paint_grid(table, band, part) for part in parts], 1)
+                    for band in _split(rows, down)
+                ]
+            )  # (H, W, 3)
+            images.append(image.permute(2, 0, 1).contiguous())
         return torch.stack(images) if len(images) > 1 else images[0][None]
 
     def render(self, features: Tensor, size: int | Size, window: Window | None = None) -> Tensor:
@@ -220,6 +223,7 @@ class InterpolatedLIIF(_Head):
 
     def _project(self, features: Tensor, cells: Tensor) -> Tensor:
         """Apply the first layer to the grid: (B, finer*h, finer*w, hidden)."""
+        features = features.to(memory_format=torch.channels_last)  # as the table is
         table = F.pixel_shuffle(self.first(features), self.finer).permute(0, 2, 3, 1)
         if self.cell_decode:
             scaled = (cells * cells.new_tensor(features.shape[-2:])).to(features)
