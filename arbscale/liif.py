@@ -54,7 +54,7 @@ class _Head(nn.Module):
         for table, points in zip(self._project(features, cells), coords, strict=True):
             parts = points.split(BLOCK)
             images.append(torch.cat([self._paint(table, *self._axes(table, *p.mT)) for p in parts]))
-        return torch.stack(images) if len(images) > 1 else images[0][None]
+        return torch.stack(images)
 
     def query_grid(self, features: Tensor, y: Tensor, x: Tensor, cells: Tensor) -> Tensor:
         """Colours (B, 3, H, W) where rows y (H,) cross columns x (W,), positions in [-1, 1].
