@@ -1,5 +1,6 @@
 """One list of dependencies, one address, and a package that stands on its own."""
 
+import email
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from packaging.utils import canonicalize_name
 from PIL import Image
 
 import arbscale
+from arbscale import store
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -220,6 +222,15 @@ def test_the_wheel_carries_the_package_and_its_weights(wheel):
     wanted = (code | shipped) - {"arbscale/shipped/README.md", "arbscale/shipped/explorer.webp"}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("arbscale/")}
     assert packed == wanted
+
+
+@pytest.mark.slow
+def test_the_wheel_names_the_licences_of_its_weights(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        told = email.message_from_bytes(archive.read(name))["License-Expression"].split(" AND ")
+    licences = {arbscale.load(model).manifest["licence"] for model in store.shipped()}
+    assert told[0] == "MIT" and len(told) == len(licences)  # that of the scenes is the code's
 
 
 @pytest.fixture(scope="module")
