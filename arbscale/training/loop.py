@@ -54,7 +54,7 @@ class Run:
     warm_up: int = 100  # steps until the full learning rate, at most a tenth of all; then a cosine
     ema_decay: float = 0.999  # of the denoiser's averaged weights
     workers: int = 0  # processes that prepare batches; 0: the training process itself
-    compile: bool = False  # by torch.compile: slow to start, then faster
+    compile: bool = False  # by torch.compile, for GPUs: slow to start, then faster
     checkpointing: bool = False  # recompute the U-Net's activations: less memory, more time
     channels_last: bool = False  # memory layout of convolutions; faster on GPUs in bf16
     latents: Path | None = None  # where encoded images are kept; by default in the folder
