@@ -33,7 +33,7 @@ def merge_positions(x: Tensor, merge: int) -> tuple[Tensor, Size]:
     Where a side is not a multiple of `merge`, its last position is repeated.
     """
     below, right = (-n % merge for n in x.shape[-2:])
-    if below or right:  # the compiler cannot train through a padding of nothing
+    if below or right:  # torch.compile cannot train with a padding of zero width
         x = F.pad(x, (0, right, 0, below), mode="replicate")
     x = F.pixel_unshuffle(x, merge)  # (B, C * merge^2, rows, columns)
     return x.flatten(2).mT, tuple(x.shape[-2:])

@@ -231,6 +231,9 @@ def test_the_wheel_names_the_licences_of_its_weights(wheel):
         told = email.message_from_bytes(archive.read(name))["License-Expression"].split(" AND ")
     licences = {arbscale.load(model).manifest["licence"] for model in store.shipped()}
     assert told[0] == "MIT" and len(told) == len(licences)  # that of the scenes is the code's
+    for name in told:
+        words = name.removeprefix("LicenseRef-").replace("-", " ")
+        assert any(words in licence.replace("-", " ") for licence in licences)
 
 
 @pytest.fixture(scope="module")
