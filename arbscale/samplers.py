@@ -238,8 +238,8 @@ def get_sampler(name: str) -> Callable[..., Tensor]:
 class Sampling:
     """How latents are drawn."""
 
-    steps: int = 25  # denoising steps
-    sampler: str = "sde_dpm_solver_pp"  # or ddpm, ddim, dpm_solver_pp
+    steps: int = 20  # denoising steps
+    sampler: str = "dpm_solver_pp"  # or ddpm, ddim, sde_dpm_solver_pp
     seed: int = 0  # decides everything
     guidance: float | None = None  # weight against the guide; 1: no guide, None: the model's
 

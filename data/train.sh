@@ -39,7 +39,7 @@ case $family in
     "${launch[@]}" arbscale blend runs/cats-student runs/cats-adversarial -o runs/cats-blend
     train runs/cats-guide "${data[@]}" --teacher "$teacher" \
       --preset.denoiser unet --preset.unet-multipliers 1 1 1 --steps 0 0 400 0 --ema-decay 0.99
-    "${launch[@]}" arbscale guide runs/cats-blend runs/cats-guide -o data/cats --weight 1.7
+    "${launch[@]}" arbscale guide runs/cats-blend runs/cats-guide -o data/cats --weight 1.85
     ;;
   photos)
     train runs/photos-encoded --data sr --joint --pool 6144 \

@@ -54,8 +54,8 @@ class Options:
     protocol: str = "whole"  # whole, benchmark, div2k, paper_faces ...
     features: str = "encoder"  # of the distances: encoder, alexnet, vgg16, or inception (FID)
     allow_few: bool = False  # FID of fewer than 2048 images
-    steps: int | None = None  # denoising steps; default 25, 2 to upscale
-    sampler: str | None = None  # default sde_dpm_solver_pp, dpm_solver_pp to upscale
+    steps: int | None = None  # denoising steps; default 20, 2 to upscale
+    sampler: str | None = None  # default dpm_solver_pp
     seed: int = 0  # decides everything
     guidance: float | None = None  # 1: no guide; default the model's
     precision: Literal["auto", "float32"] = "float32"  # to upscale; auto: bfloat16 where faster

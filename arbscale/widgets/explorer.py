@@ -65,7 +65,7 @@ class ScaleExplorer(anywidget.AnyWidget):
     scale
         Where the slider starts, 0.5 to 64.
     seed, steps, sampler
-        As in `samplers.Sampling`; by default 25 steps for a generator, 2 for super-resolution.
+        As in `samplers.Sampling`; by default 20 steps for a generator, 2 for super-resolution.
     truth
         What the output should be, if it is known: an image, or a function `(size, window)` that
         returns (3, height, width), such as `render_scenes` of a scene.
